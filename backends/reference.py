@@ -1,0 +1,200 @@
+"""Self-Extend in PyTorch, on any device and in any floating dtype: the oracle (in float64) and the fallback.
+
+Block interior: `[..., :head_size]` is the key, `[..., head_size:]` the value. float16 and bfloat16 are computed in
+float32. Whole-tensor operations; a step's memory is bounded by `MAX_ELEMENTS`.
+"""
+
+import math
+
+import torch
+
+from .interface import AttentionBatch, AttentionParams, Rotation
+
+MAX_ELEMENTS = 1 << 23
+"""How many scores, or gathered cache values, are held at once (a single query's are always)."""
+
+
+def store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: AttentionBatch,
+    params: AttentionParams,
+) -> None:
+    """See `interface.Kernels.store_kv`."""
+    block_size, head_size = kv_cache.shape[2], key.shape[2]
+    if params.group_size > 1:
+        steps = _lag(batch.positions, params.group_size)
+        key = _rotate(key.to(_compute_dtype(key)), -steps[:, None], _rotation(params))
+    stored = batch.slot_mapping >= 0
+    slots = batch.slot_mapping[stored]
+    block, offset = slots // block_size, slots % block_size
+    kv_cache[block, :, offset, :head_size] = key[stored].to(kv_cache.dtype)
+    kv_cache[block, :, offset, head_size:] = value[stored].to(kv_cache.dtype)
+
+
+def attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: AttentionBatch,
+    params: AttentionParams,
+    out: torch.Tensor,
+) -> None:
+    """See `interface.Kernels.attention`."""
+    num_heads = query.shape[1]
+    starts = batch.query_start_loc.tolist()
+    seq_lens = batch.seq_lens.tolist()
+    decodes = []
+    for request, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+        if end - begin == 1:
+            decodes.append(request)
+            continue
+        # Rows of queries, so that their scores stay within MAX_ELEMENTS.
+        rows = max(1, MAX_ELEMENTS // (num_heads * seq_lens[request]))
+        for row in range(begin, end, rows):
+            stop = min(row + rows, end)
+            last = seq_lens[request] - (end - stop)
+            tokens = torch.arange(row, stop, device=query.device)
+            _attend_group(query, kv_cache, batch, params, out, [request], tokens[None], first=last - (stop - row), last=last)
+    decodes.sort(key=seq_lens.__getitem__)
+    while decodes:
+        longest = seq_lens[decodes[-1]]
+        width = max(1, MAX_ELEMENTS // (longest * kv_cache.shape[1] * kv_cache.shape[3]))
+        group, decodes = decodes[-width:], decodes[:-width]
+        tokens = batch.query_start_loc[group].long()[:, None]
+        _attend_group(query, kv_cache, batch, params, out, group, tokens, first=seq_lens[group[0]] - 1, last=longest)
+
+
+def _attend_group(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: AttentionBatch,
+    params: AttentionParams,
+    out: torch.Tensor,
+    requests: list[int],
+    tokens: torch.Tensor,
+    *,
+    first: int,
+    last: int,
+) -> None:
+    """Attention of `tokens` `[len(requests), rows]`, whose positions all lie in `first .. last - 1`."""
+    block_size, head_size = kv_cache.shape[2], query.shape[2]
+    begin = max(0, first + 1 - params.sliding_window) // block_size if params.sliding_window else 0
+    blocks = batch.block_table[requests, begin : -(-last // block_size)].long()
+    dtype = _compute_dtype(query)
+    # [requests, blocks, kv heads, block_size, 2 * head_size] -> [requests, kv heads, keys, 2 * head_size]
+    kv = kv_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, : last - begin * block_size].to(dtype)
+    key_pos = torch.arange(begin * block_size, last, device=query.device)
+    query_pos = batch.positions[tokens]
+    out[tokens] = _attend(query[tokens].to(dtype), kv[..., :head_size], kv[..., head_size:], query_pos, key_pos, params).to(
+        out.dtype
+    )
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_pos: torch.Tensor,
+    key_pos: torch.Tensor,
+    params: AttentionParams,
+) -> torch.Tensor:
+    """Attention over gathered keys and values.
+
+    Args:
+        query: `[requests, rows, num_heads, head_size]`.
+        key: `[requests, num_kv_heads, keys, head_size]`, as they lie in the cache.
+        value: `[requests, num_kv_heads, keys, head_size]`.
+        query_pos: `[requests, rows]`.
+        key_pos: `[keys]`, consecutive.
+        params: The layer.
+
+    Returns:
+        `[requests, rows, num_heads, head_size]`.
+
+    """
+    num_heads, num_kv_heads = query.shape[2], key.shape[1]
+    query = query * params.scale
+    if params.log_scale_len:
+        factor = (query_pos + 1).to(query.dtype).log() / math.log(params.log_scale_len)
+        query = query * factor.clamp(min=1.0)[:, :, None, None]
+    if params.group_size == 1:
+        scores = _scores(query, key)
+    else:
+        scores = _self_extend_scores(query, key, query_pos, key_pos, params)
+    if params.soft_cap:
+        scores = params.soft_cap * torch.tanh(scores / params.soft_cap)
+    distance = query_pos[:, :, None] - key_pos
+    hidden = distance < 0
+    if params.sliding_window:
+        hidden |= distance >= params.sliding_window
+    scores = scores.masked_fill_(hidden[:, None], float("-inf"))
+    if params.sinks is not None:
+        sinks = params.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    # Slots behind a request's last token may hold anything, and 0 * nan is nan.
+    value = value.masked_fill((key_pos > query_pos[:, -1:])[:, None, :, None], 0.0)
+    weights = weights.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).flatten(2, 3)
+    return (weights @ value).unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
+
+
+def _self_extend_scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_pos: torch.Tensor,
+    key_pos: torch.Tensor,
+    params: AttentionParams,
+) -> torch.Tensor:
+    """Scores `[requests, num_heads, rows, keys]`, each by its neighbor or its grouped relative position."""
+    group, window, rotation = params.group_size, params.neighbor_window, _rotation(params)
+    exact = query_pos < params.exact_len
+    is_neighbor = (query_pos[:, :, None] - key_pos < window) | exact[:, :, None]
+    # Keys before this column are no query's neighbors; if it is 0, maybe all of them are neighbors.
+    column = 0 if bool(exact.any()) else max(0, int(query_pos.min()) - window + 1 - int(key_pos[0]))
+    near = key[:, :, column:]
+    neighbor = _scores(query, _rotate(near, _lag(key_pos[column:], group), rotation))
+    if column == 0 and bool((is_neighbor | (query_pos[:, :, None] < key_pos)).all()):
+        return neighbor
+    shift = window - window // group - _lag(query_pos, group)
+    grouped_query = _rotate(query, shift[:, :, None], rotation)
+    scores = _scores(grouped_query, key)
+    scores[..., column:] = torch.where(is_neighbor[:, None, :, column:], neighbor, scores[..., column:])
+    return scores
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """`[requests, rows, heads, size]` by `[requests, kv heads, keys, size]` to `[requests, heads, rows, keys]`."""
+    num_kv_heads, rows = key.shape[1], query.shape[1]
+    packed = query.transpose(1, 2).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
+    return (packed @ key.transpose(2, 3)).unflatten(2, (-1, rows)).flatten(1, 2)
+
+
+def _rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """Rotate `x` `[..., head_size]` by `steps` (of either sign, broadcast over the leading dimensions)."""
+    cos, sin = rotation.cos_sin[steps.abs()].to(x.dtype).chunk(2, dim=-1)
+    sin = sin * steps.sign()[..., None]
+    rotary_dim = rotation.cos_sin.shape[-1]
+    if rotation.interleaved:
+        first, second = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
+    else:
+        first, second = x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
+    turned = first * cos - second * sin, second * cos + first * sin
+    rotated = torch.stack(turned, dim=-1).flatten(-2) if rotation.interleaved else torch.cat(turned, dim=-1)
+    return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
+
+
+def _lag(positions: torch.Tensor, group_size: int) -> torch.Tensor:
+    """`d(p)`: how far a token's group position lags behind its position."""
+    return positions - positions // group_size
+
+
+def _rotation(params: AttentionParams) -> Rotation:
+    if params.rotation is None:
+        raise ValueError(f"group_size is {params.group_size}, and re-rotating needs params.rotation, which is None.")
+    return params.rotation
+
+
+def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

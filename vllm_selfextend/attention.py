@@ -1,0 +1,198 @@
+"""Self-Extend as a vLLM attention backend: glue between vLLM's batches and the kernels, no arithmetic.
+
+Modelled on the interface in `vllm/v1/attention/backend.py` (0.32 and 0.33).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from .backends import AttentionBatch, AttentionParams, Rotation, load_kernels
+from .engine_args import worker_plan
+
+
+class SelfExtendBackend(AttentionBackend):
+    """What `--attention-backend CUSTOM` selects."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        # Attention.__init__ looks the name up in AttentionBackendEnum.
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type["SelfExtendImpl"]:
+        return SelfExtendImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["SelfExtendMetadataBuilder"]:
+        return SelfExtendMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+
+@dataclass
+class SelfExtendMetadata(AttentionMetadata):
+    """One step's requests.
+
+    Attributes:
+        batch: Their tensors.
+        num_actual_tokens: Tokens of the step, without padding.
+
+    """
+
+    batch: AttentionBatch
+    num_actual_tokens: int
+
+
+class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
+    """Turns vLLM's common metadata into the kernels' batch, once a step for all layers."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SelfExtendMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise NotImplementedError("Self-Extend's attention is causal; this model asks for non-causal attention.")
+        query_start_loc = common.query_start_loc
+        query_lens = query_start_loc.diff()
+        # Position of a token = its index in the step, moved by what its request has before the step's first token.
+        moved = common.seq_lens - query_lens - query_start_loc[:-1]
+        offsets = torch.repeat_interleave(moved, query_lens)
+        positions = torch.arange(offsets.shape[0], device=offsets.device) + offsets
+        batch = AttentionBatch(
+            query_start_loc=query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping[: positions.shape[0]],
+            positions=positions,
+        )
+        return SelfExtendMetadata(batch, num_actual_tokens=positions.shape[0])
+
+
+class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
+    """One layer. A layer with a sliding window keeps ordinary positions: they never leave the trained range."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise NotImplementedError("Self-Extend needs rotary position embeddings; this model uses ALiBi.")
+        if attn_type != AttentionType.DECODER:
+            raise NotImplementedError(f"Self-Extend serves decoder attention only; this layer's type is {attn_type}.")
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window
+        self.soft_cap = logits_soft_cap or 0.0
+        self.sinks = sinks
+        self.shares_kv_cache = kv_sharing_target_layer_name is not None
+        vllm_config = get_current_vllm_config()
+        self.plan = worker_plan(vllm_config)
+        self.kernels = load_kernels(self.plan.kernel, torch.device(vllm_config.device_config.device))
+        self.params: AttentionParams | None = None if self.extends else self._make_params(None)
+
+    @property
+    def extends(self) -> bool:
+        """Whether this layer groups positions."""
+        return self.plan.group_size > 1 and self.sliding_window is None
+
+    def bind(self, rotation: Rotation) -> None:
+        """Give a layer that groups positions its rotation; called once the model is loaded."""
+        self.params = self._make_params(rotation)
+
+    def _make_params(self, rotation: Rotation | None) -> AttentionParams:
+        return AttentionParams(
+            scale=self.scale,
+            group_size=self.plan.group_size if rotation else 1,
+            neighbor_window=self.plan.neighbor_window,
+            exact_len=self.plan.exact_len,
+            log_scale_len=self.plan.log_scale_len if self.sliding_window is None else 0,
+            soft_cap=self.soft_cap,
+            sliding_window=self.sliding_window or 0,
+            rotation=rotation,
+            sinks=self.sinks,
+        )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: SelfExtendMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Store the step's keys and values, then attend.
+
+        Args:
+            layer: The attention layer.
+            query: `[num_tokens, num_heads, head_size]`, padding included, rotated at true positions.
+            key: `[num_tokens, num_kv_heads, head_size]`; None where the layer reads another one's cache.
+            value: Like `key`.
+            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            attn_metadata: None while vLLM measures memory.
+            output: `[num_tokens, num_heads, head_size]`, written.
+            output_scale: Must be None.
+            output_block_scale: Must be None.
+
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("Self-Extend does not write quantized attention output.")
+        if attn_metadata is None:
+            return output.zero_()
+        assert self.params is not None, f"{layer} was not bound to its rotation after loading"
+        num_tokens, batch = attn_metadata.num_actual_tokens, attn_metadata.batch
+        if not self.shares_kv_cache and key is not None and value is not None:
+            self.kernels.store_kv(key[:num_tokens], value[:num_tokens], kv_cache, batch, self.params)
+        self.kernels.attention(query[:num_tokens], kv_cache, batch, self.params, output[:num_tokens])
+        return output

@@ -1,0 +1,140 @@
+"""Lets `--max-model-len` go past the trained length, and settles every number before vLLM starts its workers.
+
+vLLM refuses a `max_model_len` longer than the length it derives for the checkpoint
+(`vllm/config/model.py`, `_get_and_verify_max_len`). While an engine with the backend CUSTOM is being configured, and only
+then, that length becomes the trained length `L` instead of the limit. `LLM`, `vllm serve` and Ray all come through
+`EngineArgs.create_engine_config`.
+"""
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import AttentionConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from .config import CONFIG_KEY, ExtensionPlan, SelfExtendConfig
+from .support import unsupported_reason
+from .worker import SELF_EXTEND_WORKERS
+
+# vLLM's logging is set up for loggers below "vllm".
+logger = init_logger("vllm.self_extend")
+
+
+@dataclass
+class _Widening:
+    """What was found while one engine was being configured."""
+
+    derived_length: int | None = None
+
+
+_widening: ContextVar[_Widening | None] = ContextVar("self_extend_widening", default=None)
+
+
+def chooses_custom(args: EngineArgs) -> bool:
+    """Whether the user chose the backend CUSTOM, for all layers or for a kind of them."""
+    config = args.attention_config
+    chosen = [args.attention_backend, config.backend, *config.backend_per_kind.values()]
+    return AttentionBackendEnum.CUSTOM in map(AttentionConfig.validate_backend_before, chosen)
+
+
+def widen_max_len_check(original: Callable[..., int]) -> Callable[..., int]:
+    """Wrap `_get_and_verify_max_len`: the same answers and refusals, except while CUSTOM is being configured."""
+
+    @functools.wraps(original)
+    def get_and_verify_max_len(*, max_model_len: int | None, **kwargs: Any) -> int:
+        widening = _widening.get()
+        is_draft_model = kwargs.get("spec_target_max_model_len") is not None
+        if widening is None or is_draft_model:
+            return original(max_model_len=max_model_len, **kwargs)
+        derived = original(max_model_len=None, **kwargs)
+        if not kwargs["disable_sliding_window"]:
+            # For longrope vLLM's default is the original length; the checkpoint reads up to its longer one.
+            longest, _ = kwargs["model_arch_config"].derived_max_model_len_and_key
+            derived = max(derived, int(min(longest, max_model_len or derived)))
+        widening.derived_length = derived
+        if max_model_len is None or max_model_len <= derived:
+            return original(max_model_len=max_model_len, **kwargs)
+        return max_model_len
+
+    return get_and_verify_max_len
+
+
+def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+    """Wrap `EngineArgs.create_engine_config`: with CUSTOM chosen, plan the extension or refuse what cannot work."""
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        if not chooses_custom(self):
+            if isinstance(self.additional_config, dict) and CONFIG_KEY in self.additional_config:
+                logger.warning(
+                    "additional_config[%r] is set, but without --attention-backend CUSTOM it has no effect.", CONFIG_KEY
+                )
+            return original(self, *args, **kwargs)
+        config = SelfExtendConfig.from_additional_config(self.additional_config)
+        widening = _Widening()
+        token = _widening.set(widening)
+        try:
+            vllm_config = original(self, *args, **kwargs)
+        finally:
+            _widening.reset(token)
+        assert widening.derived_length is not None, "vLLM made a ModelConfig without asking for its length"
+        plan = config.plan(widening.derived_length, vllm_config.model_config.max_model_len)
+        apply_plan(vllm_config, plan)
+        return vllm_config
+
+    return create_engine_config
+
+
+def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
+    """Write the plan where every process finds it, and have the workers bind it to the model.
+
+    Raises:
+        ValueError: The model, or the way it is to be run, cannot work with Self-Extend.
+
+    """
+    if plan.group_size == 1:
+        logger.info("Self-Extend is off: %s.", plan.reason)
+    else:
+        if reason := unsupported_reason(vllm_config, plan):
+            raise ValueError(f"Self-Extend cannot serve {vllm_config.model_config.model}: {reason}")
+        worker_cls = vllm_config.parallel_config.worker_cls
+        if worker_cls in SELF_EXTEND_WORKERS:
+            vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS[worker_cls]
+        elif worker_cls not in SELF_EXTEND_WORKERS.values():
+            raise ValueError(
+                f"Self-Extend cannot run in worker class {worker_cls}; the supported ones are "
+                f"{', '.join(SELF_EXTEND_WORKERS)}."
+            )
+        logger.info(
+            "Self-Extend: trained length %d, group size %d, neighbor window %d, reaching %d of at most %d tokens (%s). "
+            "Prompts within the trained length are answered %s.",
+            plan.trained_length,
+            plan.group_size,
+            plan.neighbor_window,
+            plan.max_model_len,
+            plan.capacity,
+            plan.reason,
+            "as by the unmodified model" if plan.exact_short else "with grouped positions too",
+        )
+    vllm_config.additional_config = {**_as_dict(vllm_config.additional_config), CONFIG_KEY: plan.settings()}
+
+
+def _as_dict(additional_config: Any) -> dict[str, Any]:
+    if not isinstance(additional_config, dict):
+        raise ValueError(
+            f"additional_config is a {type(additional_config).__name__}; with Self-Extend it must be a dict, since "
+            "that is where its numbers travel to vLLM's workers."
+        )
+    return additional_config
+
+
+def worker_plan(vllm_config: VllmConfig) -> ExtensionPlan:
+    """The plan that `apply_plan` wrote, read in any process."""
+    config = SelfExtendConfig.from_additional_config(vllm_config.additional_config)
+    assert config.trained_length is not None, "the engine was configured without the plugin"
+    return config.plan(config.trained_length, vllm_config.model_config.max_model_len)

