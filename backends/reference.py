@@ -4,13 +4,14 @@ Block interior: `[..., :head_size]` is the key, `[..., head_size:]` the value. f
 float32. Whole-tensor operations; a step's memory is bounded by `MAX_ELEMENTS`.
 """
 
+import itertools
 import math
 
 import torch
 
 from .interface import AttentionBatch, AttentionParams, Rotation
 
-MAX_ELEMENTS = 1 << 23
+MAX_ELEMENTS = 1 << 20
 """How many scores, or gathered cache values, are held at once (a single query's are always)."""
 
 
@@ -41,54 +42,60 @@ def attention(
     out: torch.Tensor,
 ) -> None:
     """See `interface.Kernels.attention`."""
-    num_heads = query.shape[1]
-    starts = batch.query_start_loc.tolist()
+    num_heads, dtype = query.shape[1], _compute_dtype(query)
     seq_lens = batch.seq_lens.tolist()
     decodes = []
-    for request, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for request, (begin, end) in enumerate(itertools.pairwise(batch.query_start_loc.tolist())):
         if end - begin == 1:
             decodes.append(request)
             continue
+        seq_len = seq_lens[request]
+        key, value, key_pos = _gather(kv_cache, batch, params, [request], seq_len - (end - begin), seq_len, dtype)
         # Rows of queries, so that their scores stay within MAX_ELEMENTS.
-        rows = max(1, MAX_ELEMENTS // (num_heads * seq_lens[request]))
+        rows = max(1, MAX_ELEMENTS // (num_heads * seq_len))
         for row in range(begin, end, rows):
             stop = min(row + rows, end)
-            last = seq_lens[request] - (end - stop)
-            tokens = torch.arange(row, stop, device=query.device)
-            _attend_group(query, kv_cache, batch, params, out, [request], tokens[None], first=last - (stop - row), last=last)
+            num_keys = len(key_pos) - (end - stop)
+            chunk = query[None, row:stop].to(dtype), key[:, :, :num_keys], value[:, :, :num_keys]
+            out[row:stop] = _attend(*chunk, batch.positions[None, row:stop], key_pos[:num_keys], params)[0].to(
+                out.dtype
+            )
+    # Requests with one new token are taken together, those of like length with each other.
     decodes.sort(key=seq_lens.__getitem__)
     while decodes:
         longest = seq_lens[decodes[-1]]
         width = max(1, MAX_ELEMENTS // (longest * kv_cache.shape[1] * kv_cache.shape[3]))
         group, decodes = decodes[-width:], decodes[:-width]
+        key, value, key_pos = _gather(kv_cache, batch, params, group, seq_lens[group[0]] - 1, longest, dtype)
         tokens = batch.query_start_loc[group].long()[:, None]
-        _attend_group(query, kv_cache, batch, params, out, group, tokens, first=seq_lens[group[0]] - 1, last=longest)
+        query_pos = batch.positions[tokens]
+        # Slots behind a request's last token may hold anything, and 0 * nan is nan.
+        value = value.masked_fill((key_pos > query_pos)[:, None, :, None], 0.0)
+        out[tokens] = _attend(query[tokens].to(dtype), key, value, query_pos, key_pos, params).to(out.dtype)
 
 
-def _attend_group(
-    query: torch.Tensor,
+def _gather(
     kv_cache: torch.Tensor,
     batch: AttentionBatch,
     params: AttentionParams,
-    out: torch.Tensor,
     requests: list[int],
-    tokens: torch.Tensor,
-    *,
     first: int,
     last: int,
-) -> None:
-    """Attention of `tokens` `[len(requests), rows]`, whose positions all lie in `first .. last - 1`."""
-    block_size, head_size = kv_cache.shape[2], query.shape[2]
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What queries at positions `first .. last - 1` may see, out of the cache's blocks.
+
+    Returns:
+        Keys and values `[len(requests), num_kv_heads, keys, head_size]`, and the keys' positions `[keys]`.
+
+    """
+    block_size = kv_cache.shape[2]
     begin = max(0, first + 1 - params.sliding_window) // block_size if params.sliding_window else 0
     blocks = batch.block_table[requests, begin : -(-last // block_size)].long()
-    dtype = _compute_dtype(query)
     # [requests, blocks, kv heads, block_size, 2 * head_size] -> [requests, kv heads, keys, 2 * head_size]
     kv = kv_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, : last - begin * block_size].to(dtype)
-    key_pos = torch.arange(begin * block_size, last, device=query.device)
-    query_pos = batch.positions[tokens]
-    out[tokens] = _attend(query[tokens].to(dtype), kv[..., :head_size], kv[..., head_size:], query_pos, key_pos, params).to(
-        out.dtype
-    )
+    key, value = kv.chunk(2, dim=-1)
+    return key, value, torch.arange(begin * block_size, last, device=kv_cache.device)
 
 
 def _attend(
@@ -124,18 +131,18 @@ def _attend(
         scores = _self_extend_scores(query, key, query_pos, key_pos, params)
     if params.soft_cap:
         scores = params.soft_cap * torch.tanh(scores / params.soft_cap)
-    distance = query_pos[:, :, None] - key_pos
+    # Without a sliding window, everything up to the first query's position is seen by all of them.
+    column = 0 if params.sliding_window else max(0, int(query_pos.min()) + 1 - int(key_pos[0]))
+    distance = query_pos[:, :, None] - key_pos[column:]
     hidden = distance < 0
     if params.sliding_window:
         hidden |= distance >= params.sliding_window
-    scores = scores.masked_fill_(hidden[:, None], float("-inf"))
+    scores[..., column:].masked_fill_(hidden[:, None], float("-inf"))
     if params.sinks is not None:
         sinks = params.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)
-    # Slots behind a request's last token may hold anything, and 0 * nan is nan.
-    value = value.masked_fill((key_pos > query_pos[:, -1:])[:, None, :, None], 0.0)
     weights = weights.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).flatten(2, 3)
     return (weights @ value).unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
 
@@ -150,17 +157,17 @@ def _self_extend_scores(
     """Scores `[requests, num_heads, rows, keys]`, each by its neighbor or its grouped relative position."""
     group, window, rotation = params.group_size, params.neighbor_window, _rotation(params)
     exact = query_pos < params.exact_len
-    is_neighbor = (query_pos[:, :, None] - key_pos < window) | exact[:, :, None]
-    # Keys before this column are no query's neighbors; if it is 0, maybe all of them are neighbors.
+    # Keys before this column are no query's neighbors.
     column = 0 if bool(exact.any()) else max(0, int(query_pos.min()) - window + 1 - int(key_pos[0]))
-    near = key[:, :, column:]
-    neighbor = _scores(query, _rotate(near, _lag(key_pos[column:], group), rotation))
-    if column == 0 and bool((is_neighbor | (query_pos[:, :, None] < key_pos)).all()):
+    near, near_pos = key[:, :, column:], key_pos[column:]
+    neighbor = _scores(query, _rotate(near, _lag(near_pos, group), rotation))
+    is_neighbor = (query_pos[:, :, None] - near_pos < window) | exact[:, :, None]
+    if column == 0 and bool(is_neighbor.all()):
         return neighbor
     shift = window - window // group - _lag(query_pos, group)
     grouped_query = _rotate(query, shift[:, :, None], rotation)
     scores = _scores(grouped_query, key)
-    scores[..., column:] = torch.where(is_neighbor[:, None, :, column:], neighbor, scores[..., column:])
+    scores[..., column:] = torch.where(is_neighbor[:, None], neighbor, scores[..., column:])
     return scores
 
 

@@ -78,7 +78,9 @@ class SelfExtendMetadata(AttentionMetadata):
 class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
     """Turns vLLM's common metadata into the kernels' batch, once a step for all layers."""
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(

@@ -71,8 +71,8 @@ def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan,
         bound += 1
     if bound == 0 and not may_be_short:
         raise ValueError(
-            f"Self-Extend cannot serve {name}: none of its attention layers sees the whole context, so there is nothing "
-            "to extend. If they use a sliding window, add --disable-sliding-window."
+            f"Self-Extend cannot serve {name}: none of its attention layers sees the whole context, so there is "
+            "nothing to extend. If they use a sliding window, add --disable-sliding-window."
         )
 
 

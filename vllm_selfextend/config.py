@@ -85,9 +85,10 @@ class SelfExtendConfig:
 
         """
         length = self.trained_length or derived_length
-        window = self.neighbor_window
         chosen = []
-        if window == "auto":
+        if isinstance(self.neighbor_window, int):
+            window = self.neighbor_window
+        else:
             window = min(max(length // 4, 1), MAX_AUTO_WINDOW)
             chosen.append(f"neighbor window {window}: a quarter of the trained length, at most {MAX_AUTO_WINDOW}")
         if window > length:
@@ -95,8 +96,9 @@ class SelfExtendConfig:
                 f"self_extend.neighbor_window is {window}, more than the trained length {length}: positions inside the "
                 f"window would leave the trained range. Set it to at most {length}."
             )
-        group = self.group_size
-        if group == "auto":
+        if isinstance(self.group_size, int):
+            group = self.group_size
+        else:
             group, reason = _auto_group_size(length, window, max_model_len)
             chosen.append(f"group size {group}: {reason}")
         plan = ExtensionPlan(

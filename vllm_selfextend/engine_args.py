@@ -1,13 +1,15 @@
 """Lets `--max-model-len` go past the trained length, and settles every number before vLLM starts its workers.
 
-vLLM refuses a `max_model_len` longer than the length it derives for the checkpoint
-(`vllm/config/model.py`, `_get_and_verify_max_len`). While an engine with the backend CUSTOM is being configured, and only
-then, that length becomes the trained length `L` instead of the limit. `LLM`, `vllm serve` and Ray all come through
+vLLM refuses a `max_model_len` longer than the length it derives for the checkpoint (`vllm/config/model.py`,
+`_get_and_verify_max_len`). While an engine with the backend CUSTOM is being configured, and only then, that length
+becomes the trained length `L` instead of the limit. `LLM`, `vllm serve` and Ray all come through
 `EngineArgs.create_engine_config`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +28,24 @@ logger = init_logger("vllm.self_extend")
 
 
 @dataclass
-class _Widening:
-    """What was found while one engine was being configured."""
+class LengthCheck:
+    """What vLLM's check found while it was widened: the length it derives for the checkpoint, tokens."""
 
-    derived_length: int | None = None
+    derived_length: int = 0
 
 
-_widening: ContextVar[_Widening | None] = ContextVar("self_extend_widening", default=None)
+_widened: ContextVar[LengthCheck | None] = ContextVar("self_extend_length_check", default=None)
+
+
+@contextlib.contextmanager
+def widened_length_check() -> Iterator[LengthCheck]:
+    """While open, a `max_model_len` past the derived length is let through and the derived length noted."""
+    check = LengthCheck()
+    token = _widened.set(check)
+    try:
+        yield check
+    finally:
+        _widened.reset(token)
 
 
 def chooses_custom(args: EngineArgs) -> bool:
@@ -47,16 +60,18 @@ def widen_max_len_check(original: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(original)
     def get_and_verify_max_len(*, max_model_len: int | None, **kwargs: Any) -> int:
-        widening = _widening.get()
+        check = _widened.get()
         is_draft_model = kwargs.get("spec_target_max_model_len") is not None
-        if widening is None or is_draft_model:
+        if check is None or is_draft_model:
             return original(max_model_len=max_model_len, **kwargs)
         derived = original(max_model_len=None, **kwargs)
-        if not kwargs["disable_sliding_window"]:
-            # For longrope vLLM's default is the original length; the checkpoint reads up to its longer one.
-            longest, _ = kwargs["model_arch_config"].derived_max_model_len_and_key
-            derived = max(derived, int(min(longest, max_model_len or derived)))
-        widening.derived_length = derived
+        # For longrope vLLM's default is the shorter, original length; the checkpoint reads up to the longer one.
+        longest, _ = kwargs["model_arch_config"].derived_max_model_len_and_key
+        if kwargs["disable_sliding_window"] and kwargs["sliding_window"]:
+            longest = min(longest, kwargs["sliding_window"])
+        if math.isfinite(longest):
+            derived = max(derived, int(longest))
+        check.derived_length = derived
         if max_model_len is None or max_model_len <= derived:
             return original(max_model_len=max_model_len, **kwargs)
         return max_model_len
@@ -76,14 +91,9 @@ def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., 
                 )
             return original(self, *args, **kwargs)
         config = SelfExtendConfig.from_additional_config(self.additional_config)
-        widening = _Widening()
-        token = _widening.set(widening)
-        try:
+        with widened_length_check() as check:
             vllm_config = original(self, *args, **kwargs)
-        finally:
-            _widening.reset(token)
-        assert widening.derived_length is not None, "vLLM made a ModelConfig without asking for its length"
-        plan = config.plan(widening.derived_length, vllm_config.model_config.max_model_len)
+        plan = config.plan(check.derived_length, vllm_config.model_config.max_model_len)
         apply_plan(vllm_config, plan)
         return vllm_config
 
@@ -136,5 +146,9 @@ def _as_dict(additional_config: Any) -> dict[str, Any]:
 def worker_plan(vllm_config: VllmConfig) -> ExtensionPlan:
     """The plan that `apply_plan` wrote, read in any process."""
     config = SelfExtendConfig.from_additional_config(vllm_config.additional_config)
-    assert config.trained_length is not None, "the engine was configured without the plugin"
+    if config.trained_length is None:
+        raise RuntimeError(
+            "The attention backend CUSTOM is in use, but its plan is not in additional_config: configure the engine "
+            "with EngineArgs.create_engine_config (as LLM and vllm serve do) and with this plugin installed."
+        )
     return config.plan(config.trained_length, vllm_config.model_config.max_model_len)

@@ -17,7 +17,7 @@ _INTERFACE = (
     (
         "vllm.config.model",
         "_get_and_verify_max_len",
-        ("max_model_len", "model_arch_config", "disable_sliding_window", "spec_target_max_model_len"),
+        ("max_model_len", "model_arch_config", "disable_sliding_window", "sliding_window", "spec_target_max_model_len"),
     ),
     ("vllm.platforms.interface", "Platform.get_attn_backend_cls", ("selected_backend", "attn_selector_config")),
     ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.CUSTOM", ()),
@@ -100,7 +100,9 @@ def _let_custom_through(original: Any) -> Any:
     """Wrap `CpuPlatform.get_attn_backend_cls`, which answers CPU_ATTN whatever was chosen."""
 
     @functools.wraps(original.__func__)
-    def get_attn_backend_cls(cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> str:
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
         if selected_backend != AttentionBackendEnum.CUSTOM:

@@ -1,7 +1,7 @@
 """The algebra of Self-Extend's positions: plain integers, no tensors.
 
-`L` is the trained length, `G` the group size, `W` the neighbor window (Jin et al., arXiv 2401.01325, section 3). A model
-reads a sequence well while no relative position reaches `L`.
+`L` is the trained length, `G` the group size, `W` the neighbor window (Jin et al., arXiv 2401.01325, section 3). A
+model reads a sequence well while no relative position reaches `L`.
 """
 
 

@@ -6,11 +6,11 @@ model (`loading.py`), so that a rotation misread from a config can never serve.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-Frequencies = torch.Tensor
+Frequencies: TypeAlias = torch.Tensor
 """`[rotary_dim / 2]`, float32 as vLLM and transformers compute them: radians a position."""
 
 

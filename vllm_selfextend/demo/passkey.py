@@ -48,7 +48,7 @@ class PasskeyPrompt:
 
 def vocabulary() -> list[str]:
     """Every word a prompt or an answer can hold, sorted."""
-    texts = [*FILLER, *CITIES, *DIGITS, _key_sentence("oslo", "0"), _question("oslo")]
+    texts = [*FILLER, *CITIES, *DIGITS, key_sentence("oslo", "0"), question("oslo")]
     return sorted({word for text in texts for word in text.split()})
 
 
@@ -72,24 +72,24 @@ def make_prompt(num_tokens: int, num_keys: int, depth: float, rng: random.Random
         raise ValueError(f"depth is {depth}; it must be from 0 (beginning) to 1 (end).")
     cities = rng.sample(CITIES, num_keys)
     keys = [" ".join(rng.choices(DIGITS, k=KEY_DIGITS)) for _ in cities]
-    sentences = [_key_sentence(city, key).split() for city, key in zip(cities, keys, strict=True)]
-    question = _question(cities[0]).split()
-    num_filler = num_tokens - 1 - len(question) - sum(map(len, sentences))
+    sentences = [key_sentence(city, key).split() for city, key in zip(cities, keys, strict=True)]
+    ending = question(cities[0]).split()
+    num_filler = num_tokens - 1 - len(ending) - sum(map(len, sentences))
     if num_filler < 0:
         raise ValueError(
             f"num_tokens is {num_tokens}; {num_keys} key(s) and the question alone take {num_tokens - num_filler}."
         )
-    filler = _filler_sentences(num_filler, rng)
+    filler = filler_sentences(num_filler, rng)
     # Gaps between filler sentences, 0 being before the first one. The key asked for goes in last, so that depth 0 is
     # the very beginning and depth 1 the very end.
     for sentence in sentences[1:]:
         filler.insert(rng.randint(0, len(filler)), sentence)
     filler.insert(round(depth * len(filler)), sentences[0])
-    words = [word for sentence in [*filler, question] for word in sentence]
+    words = [word for sentence in [*filler, ending] for word in sentence]
     return PasskeyPrompt(text=" ".join(words), answer=keys[0])
 
 
-def _filler_sentences(num_words: int, rng: random.Random) -> list[list[str]]:
+def filler_sentences(num_words: int, rng: random.Random) -> list[list[str]]:
     """Random filler of exactly `num_words` words; the first sentence may lack its beginning."""
     sentences: list[list[str]] = []
     missing = num_words
@@ -100,9 +100,11 @@ def _filler_sentences(num_words: int, rng: random.Random) -> list[list[str]]:
     return sentences[::-1]
 
 
-def _key_sentence(city: str, key: str) -> str:
+def key_sentence(city: str, key: str) -> str:
+    """The sentence that says a key."""
     return f"the pass key of {city} is {key} . remember it ."
 
 
-def _question(city: str) -> str:
+def question(city: str) -> str:
+    """The words that ask for a key and begin the answer."""
     return f"what is the pass key of {city} ? the pass key of {city} is"

@@ -1,0 +1,45 @@
+# make demo   see a model trained on 256 tokens find a passkey in 4,000
+# make test   run every test          make lint   run every static check
+# All of them set up .venv first, and are quick the second time.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := torch==2.13.0+cpu
+# PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
+TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
+
+.PHONY: install demo test lint format train clean
+.DEFAULT_GOAL := demo
+
+install: .venv/.installed
+
+.venv/.installed: setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PIP) install -q "setuptools>=77,<81" wheel
+	$(PIP) install -q $(TORCH) $(TORCH_FROM)
+	$(PIP) install -q --no-build-isolation -e ".[cpu,dev]"
+	# PyPI's builds of these are for CUDA and break transformers beside a CPU torch; text models need none of them.
+	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+demo: install
+	$(BIN)/vllm-selfextend demo --output demo-results
+
+test: install
+	$(BIN)/pytest $(TESTS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: install
+	$(BIN)/python benchmarks/train_demo_model.py
+
+clean:
+	rm -rf .venv build demo-results *.egg-info

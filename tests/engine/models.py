@@ -1,0 +1,120 @@
+"""Small random models of many architectures, their weights large enough that attention, and so positions, matter."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+TRAINED_LENGTH = 64
+VOCAB_SIZE = 160
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": TRAINED_LENGTH,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
+
+def _without(*names: str) -> dict[str, Any]:
+    return {name: value for name, value in SHAPE.items() if name not in names}
+
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama-mqa": LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": Qwen2Config(**_without("head_dim", "hidden_size"), hidden_size=128),
+    "qwen3": Qwen3Config(**SHAPE),
+    "gemma": GemmaConfig(**SHAPE),
+    "gemma2": Gemma2Config(
+        **SHAPE, **SLIDING, attn_logit_softcapping=5.0, final_logit_softcapping=10.0, query_pre_attn_scalar=32
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE,
+        **SLIDING,
+        query_pre_attn_scalar=32,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    ),
+    "phi": PhiConfig(
+        **{**_without("head_dim"), "hidden_size": 128},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    ),
+    "phi3": Phi3Config(**{**_without("head_dim"), "hidden_size": 128}, sliding_window=None),
+    "cohere": CohereConfig(**{**_without("head_dim"), "hidden_size": 128}),
+    "glm4": Glm4Config(
+        **SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    ),
+    "llama3-rope": LlamaConfig(
+        **SHAPE,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "yarn-rope": LlamaConfig(
+        **SHAPE,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "longrope": Phi3Config(
+        **{**_without("head_dim"), "hidden_size": 128},
+        sliding_window=None,
+        original_max_position_embeddings=32,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + 0.02 * n for n in range(16)],
+            "long_factor": [1.0 + 0.3 * n for n in range(16)],
+            "original_max_position_embeddings": 32,
+        },
+    ),
+}
+
+
+def save_random_model(name: str, folder: Path) -> str:
+    """Write the random model `name` as a checkpoint, the same at every run, and return its path."""
+    torch.manual_seed(sorted(CONFIGS).index(name))
+    path = folder / name
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "bias" in parameter_name:
+                parameter.normal_(0.0, 0.3)
+    model.save_pretrained(path)
+    return str(path)

@@ -1,0 +1,78 @@
+"""Every supported architecture through vLLM, against the second oracle: token for token, every log-probability."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from .models import CONFIGS, TRAINED_LENGTH, VOCAB_SIZE
+from .oracle import SelfExtend, next_token_logprobs
+
+NEW_TOKENS = 8
+GREEDY = SamplingParams(
+    temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, prompt_logprobs=0, logprobs=0
+)
+
+# Group sizes that divide the window and that do not; capacities (64 - W + W // G) * G.
+NUMBERS = {"divides": (4, 16, 208), "odd": (5, 18, 245)}
+
+
+def prompts(group_size: int, neighbor_window: int, max_model_len: int, block_size: int) -> list[list[int]]:
+    """Lengths around the window, the trained length, multiples of the group and block size, and the longest."""
+    turns = (1, neighbor_window, TRAINED_LENGTH, 3 * group_size, block_size, 4 * block_size, 23 * group_size)
+    lengths = {turn + step for turn in turns for step in (-1, 0, 1)} | {max_model_len - NEW_TOKENS}
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
+        for length in sorted(lengths)
+        if length > 0
+    ]
+
+
+def check(llm: LLM, checkpoint: str, texts: list[list[int]], method: SelfExtend) -> None:
+    """Generate greedily and compare with the oracle at every position of prompts and answers."""
+    outputs = llm.generate([{"prompt_token_ids": text} for text in texts], GREEDY, use_tqdm=False)
+    answers = [list(output.outputs[0].token_ids) for output in outputs]
+    expected = next_token_logprobs(
+        checkpoint, [text + answer for text, answer in zip(texts, answers, strict=True)], method
+    )
+    for text, answer, output, logprobs in zip(texts, answers, outputs, expected, strict=True):
+        assert logprobs[len(text) - 1 : -1].argmax(-1).tolist() == answer, f"prompt of {len(text)} tokens"
+        # vLLM gives no log-probability to a prompt's first token.
+        steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+        got = torch.tensor([step[token].logprob for step, token in zip(steps, (text + answer)[1:], strict=True)])
+        wanted = logprobs[:-1].gather(1, torch.tensor((text + answer)[1:])[:, None])[:, 0]
+        torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.parametrize("numbers", ["divides", "odd"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_tokens_equal_the_papers(name: str, numbers: str, checkpoint: Callable, start_engine: Callable) -> None:
+    # Both settings of exact_short and both kinds of numbers meet every architecture.
+    group_size, neighbor_window, max_model_len = NUMBERS[numbers]
+    exact_short = numbers == "odd"
+    path = checkpoint(name)
+    settings = {"group_size": group_size, "neighbor_window": neighbor_window, "exact_short": exact_short}
+    llm = start_engine(
+        path,
+        attention_backend="CUSTOM",
+        max_model_len=max_model_len,
+        max_num_batched_tokens=256,
+        additional_config={"self_extend": settings},
+    )
+    method = SelfExtend(group_size, neighbor_window, TRAINED_LENGTH if exact_short else 0)
+    texts = prompts(group_size, neighbor_window, max_model_len, block_size=32)
+    check(llm, path, texts, method)
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4"])
+def test_the_oracle_tells_methods_apart(name: str, checkpoint: Callable) -> None:
+    """The comparison above could not pass with wrong positions."""
+    text = prompts(4, 16, 208, 32)[-1]
+    right, unmodified, other = (
+        next_token_logprobs(checkpoint(name), [text], SelfExtend(group, window))[0]
+        for group, window in ((4, 16), (1, 16), (4, 17))
+    )
+    assert (right - unmodified).abs().max() > 0.1
+    assert (right - other).abs().max() > 0.1

@@ -1,0 +1,154 @@
+"""What cannot work is refused at start-up, in words that name the model, the reason and what to do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_selfextend import binding, plugin
+from vllm_selfextend.rotary import inverse_frequencies
+
+from .models import SHAPE
+
+LLAMA = {**SHAPE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
+
+
+def configure(folder: Path, config: dict[str, Any], **settings: Any) -> Any:
+    """Configure an engine with CUSTOM for a checkpoint of which only the config exists."""
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = {"attention_backend": "CUSTOM", "max_model_len": 512, "skip_tokenizer_init": True, **settings}
+    return EngineArgs(str(folder), **arguments).create_engine_config()
+
+
+REFUSED = {
+    "dynamic NTK": (
+        {
+            **LLAMA,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            "max_position_embeddings": 32,
+        },
+        r"its RoPE is 'dynamic' \(dynamic NTK\): the frequencies move with the length",
+    ),
+    "M-RoPE": (
+        {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
+        r"its RoPE has several position axes \(M-RoPE\)",
+    ),
+    "ALiBi": (
+        {
+            "model_type": "bloom",
+            "architectures": ["BloomForCausalLM"],
+            "hidden_size": 64,
+            "n_head": 2,
+            "n_layer": 2,
+            "seq_length": 64,
+        },
+        "it uses ALiBi; Self-Extend needs rotary position embeddings",
+    ),
+    "no RoPE": (
+        {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "n_positions": 64,
+            "n_embd": 64,
+            "n_head": 2,
+            "n_layer": 2,
+        },
+        r"its config names no rotary position embeddings \(RoPE\)",
+    ),
+    "MLA": (
+        {
+            "model_type": "deepseek_v2",
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "max_position_embeddings": 64,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "kv_lora_rank": 32,
+            "q_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 16,
+        },
+        r"it uses multi-head latent attention \(MLA\)",
+    ),
+    "layers without RoPE": (
+        {**SHAPE, "model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "sliding_window": 16},
+        "some layers of a cohere2 model have no RoPE",
+    ),
+    "every layer slides": (
+        {**SHAPE, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32},
+        "every layer attends to a sliding window of 32 tokens.*Add --disable-sliding-window",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_models_that_cannot_work(case: str, tmp_path: Path) -> None:
+    config, message = REFUSED[case]
+    with pytest.raises(ValueError, match=f"Self-Extend cannot serve {tmp_path}: {message}"):
+        configure(tmp_path, config)
+
+
+def test_context_parallelism(tmp_path: Path) -> None:
+    parallel = {"tensor_parallel_size": 4, "decode_context_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with pytest.raises(ValueError, match=r"context parallelism splits the positions.*context parallel size to 1"):
+        configure(tmp_path, LLAMA, **parallel)
+
+
+def test_settings(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="self_extend has no setting 'group'; the settings are group_size, "):
+        configure(tmp_path, LLAMA, additional_config={"self_extend": {"group": 8}})
+    numbers = {"group_size": 4, "neighbor_window": 16}
+    with pytest.raises(ValueError, match=r"max_model_len is 512.*reaches 208 tokens. Set group_size to 11 or more"):
+        configure(tmp_path, LLAMA, additional_config={"self_extend": numbers})
+
+
+def test_workers_of_another_kind(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Self-Extend cannot run in worker class my\.Worker; the supported ones are"):
+        configure(tmp_path, LLAMA, worker_cls="my.Worker")
+
+
+def test_an_unsupported_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config.__wrapped__)
+    monkeypatch.setattr(plugin, "_vllm_version", lambda: "0.40.0")
+    plugin.register()
+    with pytest.raises(RuntimeError, match=r"supports vLLM .*, but vLLM 0\.40\.0 is installed"):
+        configure(tmp_path, LLAMA, max_model_len=64)
+    assert configure(tmp_path, LLAMA, max_model_len=64, attention_backend=None), "without the flag vLLM goes on"
+
+
+def test_settings_without_the_backend_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_selfextend import engine_args
+
+    said: list[str] = []
+    monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
+    configure(tmp_path, LLAMA, attention_backend=None, max_model_len=64, additional_config={"self_extend": {}})
+    assert any("without --attention-backend CUSTOM it has no effect" in line for line in said)
+
+
+def test_a_wrong_rotation_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "inverse_frequencies", lambda *args: 1.01 * inverse_frequencies(*args))
+    with pytest.raises(ValueError, match=r"rotary_emb: this RotaryEmbedding does not rotate as the RoPE parameters"):
+        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+
+
+def test_a_layer_without_a_rotary_module_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "_uses_rope", lambda block: False)
+    with pytest.raises(
+        ValueError, match=r"beside the attention layer model\.layers\.0\.self_attn\.attn there is no rotary"
+    ):
+        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+
+
+IN_PROCESS = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
+
+
+def test_an_fp8_cache_is_refused(checkpoint: Callable) -> None:
+    with pytest.raises(
+        ValueError, match=r"Self-Extend \(attention backend CUSTOM\) cannot run.*kv_cache_dtype not supported"
+    ):
+        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, kv_cache_dtype="fp8", **IN_PROCESS)

@@ -1,0 +1,97 @@
+"""The same request gives the same tokens however vLLM runs it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from .models import VOCAB_SIZE
+
+NEW_TOKENS = 12
+LENGTHS = (1, 5, 15, 16, 17, 40, 63, 64, 65, 127, 128, 129, 200, 513, 700, 1000)
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+SETTINGS = {
+    "attention_backend": "CUSTOM",
+    "max_model_len": 1024,
+    "additional_config": {"self_extend": {"group_size": 24, "neighbor_window": 16}},
+}
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def answers(llm: LLM, texts: list[list[int]]) -> list[list[int]]:
+    outputs = llm.generate([{"prompt_token_ids": text} for text in texts], SAMPLING, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def counter(llm: LLM, name: str) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint: Callable, start_engine: Callable) -> list[list[int]]:
+    """Each request by itself, prefilled in one piece, nothing reused."""
+    llm = start_engine(checkpoint("llama"), **SETTINGS, max_num_batched_tokens=1024, enable_prefix_caching=False)
+    return [answers(llm, [text])[0] for text in prompts()]
+
+
+@pytest.mark.parametrize("chunk", [64, 512, 16384])
+def test_in_a_batch_with_chunks_and_on_a_prefix_hit(
+    chunk: int, alone: list[list[int]], checkpoint: Callable, start_engine: Callable
+) -> None:
+    llm = start_engine(checkpoint("llama"), **SETTINGS, max_num_batched_tokens=chunk, enable_chunked_prefill=True)
+    assert answers(llm, prompts()) == alone
+    hits = counter(llm, "vllm:prefix_cache_hits")
+    assert answers(llm, prompts()) == alone
+    assert counter(llm, "vllm:prefix_cache_hits") - hits > sum(LENGTHS) // 2
+
+
+def test_after_preemption(alone: list[list[int]], checkpoint: Callable, start_engine: Callable) -> None:
+    # Room for one of the longest and little else: 3 layers, keys and values, 2 heads of 32 float32.
+    a_token = 3 * 2 * 2 * 32 * 4
+    llm = start_engine(
+        checkpoint("llama"), **SETTINGS, max_num_batched_tokens=256, kv_cache_memory_bytes=1152 * a_token, block_size=16
+    )
+    assert answers(llm, prompts()[:14] * 2) == alone[:14] * 2
+    assert counter(llm, "vllm:num_preemptions") > 0
+
+
+@pytest.mark.parametrize("block_size", [16, 128, 256])
+def test_with_other_block_sizes(
+    block_size: int, alone: list[list[int]], checkpoint: Callable, start_engine: Callable
+) -> None:
+    llm = start_engine(checkpoint("llama"), **SETTINGS, block_size=block_size)
+    assert answers(llm, prompts()) == alone
+
+
+def test_compiled(alone: list[list[int]], checkpoint: Callable, start_engine: Callable) -> None:
+    llm = start_engine(checkpoint("llama"), **SETTINGS, enforce_eager=False)
+    assert answers(llm, prompts()) == alone
+
+
+def test_with_ngram_speculation(alone: list[list[int]], checkpoint: Callable, start_engine: Callable) -> None:
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    llm = start_engine(checkpoint("llama"), **SETTINGS, speculative_config=speculation)
+    assert answers(llm, prompts()) == alone
+    assert counter(llm, "vllm:spec_decode_num_draft_tokens") > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_is_close_to_float32(dtype: str, checkpoint: Callable, start_engine: Callable) -> None:
+    """Rounding may change a random model's tokens; the log-probabilities of a text stay close."""
+    scores = []
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    text = prompts()[12]
+    for kind in ("float32", dtype):
+        llm = start_engine(checkpoint("llama"), **SETTINGS, dtype=kind)
+        (output,) = llm.generate({"prompt_token_ids": text}, sampling, use_tqdm=False)
+        scores.append(
+            torch.tensor(
+                [step[token].logprob for step, token in zip(output.prompt_logprobs[1:], text[1:], strict=True)]
+            )
+        )
+    assert (scores[0] - scores[1]).abs().mean() < (0.15 if dtype == "bfloat16" else 0.02)

@@ -1,0 +1,123 @@
+"""`vllm serve` with the demo model, as a user would run it: a server process, the `openai` client, signals."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.demo.passkey import PasskeyPrompt, make_prompt
+
+MAX_MODEL_LEN = 4096
+PROMPT_TOKENS = 3000
+
+
+@dataclass
+class Server:
+    """A running server and a client for it."""
+
+    process: subprocess.Popen
+    client: openai.OpenAI
+    log: Path
+
+    def complete(self, prompt: str, **settings: object):
+        return self.client.completions.create(
+            model="passkey", prompt=prompt, **{"max_tokens": 5, "temperature": 0.0, **settings}
+        )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL_DIR, "--attention-backend", "CUSTOM"]
+    command += ["--max-model-len", MAX_MODEL_LEN, "--served-model-name", "passkey", "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--port", port, "--kv-cache-memory-bytes", 512 << 20]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    with log.open("w") as out:
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=environment)
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
+    try:
+        _wait(process, client, log)
+        yield Server(process, client, log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _wait(process: subprocess.Popen, client: openai.OpenAI, log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            client.models.list()
+            return
+        except openai.APIConnectionError:
+            time.sleep(1)
+    pytest.fail(f"the server did not answer within 300 s:\n{log.read_text()}")
+
+
+def long_prompt(seed: int) -> PasskeyPrompt:
+    rng = random.Random(seed)
+    return make_prompt(PROMPT_TOKENS, 1, rng.random(), rng)
+
+
+def test_a_long_prompt_is_answered(server: Server) -> None:
+    prompt = long_prompt(0)
+    completion = server.complete(prompt.text)
+    assert completion.usage.prompt_tokens == PROMPT_TOKENS
+    assert completion.choices[0].text.strip() == prompt.answer
+
+
+def test_a_long_prompt_is_answered_as_a_stream(server: Server) -> None:
+    prompt = long_prompt(1)
+    pieces = [chunk.choices[0].text for chunk in server.complete(prompt.text, stream=True)]
+    assert len(pieces) >= 5
+    assert "".join(pieces).strip() == prompt.answer
+
+
+def test_concurrent_clients_get_their_own_keys(server: Server) -> None:
+    prompts = [long_prompt(seed) for seed in range(2, 34)]
+    assert len({prompt.answer for prompt in prompts}) == len(prompts)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        completions = list(pool.map(lambda prompt: server.complete(prompt.text), prompts))
+    answers = [completion.choices[0].text.strip() for completion in completions]
+    assert answers == [prompt.answer for prompt in prompts]
+
+
+def test_a_prompt_past_max_model_len_is_refused_and_the_server_lives_on(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"maximum context length is {MAX_MODEL_LEN} tokens") as refused:
+        server.complete(make_prompt(MAX_MODEL_LEN + 1, 1, 0.5, random.Random(0)).text)
+    assert refused.value.status_code == 400
+    prompt = long_prompt(0)
+    assert server.complete(prompt.text).choices[0].text.strip() == prompt.answer
+
+
+def test_the_log_says_what_was_chosen(server: Server) -> None:
+    text = server.log.read_text()
+    said = "Self-Extend: trained length 256, group size"
+    assert text.count(said) == 1
+    assert "neighbor window 64: a quarter of the trained length" in text
+
+
+def test_sigterm_ends_it_cleanly(server: Server) -> None:
+    family = [server.process.pid, *(child.pid for child in psutil.Process(server.process.pid).children(recursive=True))]
+    server.process.send_signal(signal.SIGTERM)
+    code = server.process.wait(timeout=60)
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in family if psutil.pid_exists(pid)], timeout=20)
+    assert not alive
+    assert code == 0, server.log.read_text()[-3000:]
+    assert "Traceback" not in server.log.read_text()

@@ -1,0 +1,181 @@
+"""Random attention problems, and the paper's answer to them in float64 from its formula, one query at a time."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from vllm_selfextend.backends import AttentionBatch, AttentionParams, Kernels, Rotation
+
+from vllm_selfextend.rotary import cos_sin
+
+MAX_STEPS = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """An attention problem; `requests` holds `(query_len, seq_len)` of each request."""
+
+    requests: tuple[tuple[int, int], ...]
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 32
+    block_size: int = 16
+    group_size: int = 4
+    neighbor_window: int = 16
+    exact_len: int = 0
+    log_scale_len: int = 0
+    soft_cap: float = 0.0
+    sliding_window: int = 0
+    has_sinks: bool = False
+    interleaved: bool = False
+    rotary_dim: int = 32
+    seed: int = 0
+    base: float = field(default=1000.0, repr=False)
+
+    def frequencies(self) -> torch.Tensor:
+        """`[rotary_dim / 2]`."""
+        return self.base ** (-torch.arange(0, self.rotary_dim, 2, dtype=torch.float32) / self.rotary_dim)
+
+    def params(self, dtype: torch.dtype = torch.float32) -> AttentionParams:
+        """The layer, with a re-rotation table of `dtype`."""
+        sinks = torch.randn(self.num_heads, generator=_generator(self, 1), dtype=torch.float64)
+        return AttentionParams(
+            scale=self.head_size**-0.5,
+            group_size=self.group_size,
+            neighbor_window=self.neighbor_window,
+            exact_len=self.exact_len,
+            log_scale_len=self.log_scale_len,
+            soft_cap=self.soft_cap,
+            sliding_window=self.sliding_window,
+            rotation=Rotation(cos_sin(self.frequencies(), 0, MAX_STEPS, dtype), self.interleaved),
+            sinks=sinks.to(dtype) if self.has_sinks else None,
+        )
+
+
+def _generator(case: Case, salt: int) -> torch.Generator:
+    return torch.Generator().manual_seed(2 * case.seed + salt)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Unrotated queries, keys and values of every request of a case, over its whole length, in float64."""
+
+    case: Case
+    queries: list[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    @staticmethod
+    def of(case: Case, dtype: torch.dtype = torch.float64) -> "Problem":
+        """Draw the case's tensors; the values and rotated queries and keys are such that `dtype` holds them exactly."""
+        generator = _generator(case, 0)
+
+        def draw(heads: int) -> list[torch.Tensor]:
+            shapes = [(length, heads, case.head_size) for _, length in case.requests]
+            return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+        queries, keys, values = draw(case.num_heads), draw(case.num_kv_heads), draw(case.num_kv_heads)
+
+        def representable(x: torch.Tensor) -> torch.Tensor:
+            positions = torch.arange(x.shape[0])
+            return rotate(case, rotate(case, x, positions).to(dtype).double(), -positions)
+
+        return Problem(
+            case,
+            [representable(x) for x in queries],
+            [representable(x) for x in keys],
+            [x.to(dtype).double() for x in values],
+        )
+
+
+def rotate(case: Case, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """Rotate `x` `[tokens, heads, head_size]` by `steps` `[tokens]`, as complex numbers."""
+    angles = steps.double()[:, None, None] * case.frequencies().double()
+    turn = torch.polar(torch.ones_like(angles), angles)
+    rotary = x[..., : case.rotary_dim]
+    if case.interleaved:
+        pairs = torch.complex(rotary[..., 0::2], rotary[..., 1::2]) * turn
+        turned = torch.stack([pairs.real, pairs.imag], -1).flatten(-2)
+    else:
+        half = case.rotary_dim // 2
+        pairs = torch.complex(rotary[..., :half], rotary[..., half:]) * turn
+        turned = torch.cat([pairs.real, pairs.imag], -1)
+    return torch.cat([turned, x[..., case.rotary_dim :]], -1)
+
+
+def expected(problem: Problem) -> torch.Tensor:
+    """The paper's answer, `[num_tokens, num_heads, head_size]` in float64: no cache, no batch, no re-rotation."""
+    case, answers = problem.case, []
+    sinks = case.params(torch.float64).sinks
+    repeats = case.num_heads // case.num_kv_heads
+    for (query_len, seq_len), query, key, value in zip(
+        case.requests, problem.queries, problem.keys, problem.values, strict=True
+    ):
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        j = torch.arange(seq_len)
+        # A few queries at a time: every query is rotated anew for every key.
+        for i in torch.arange(seq_len - query_len, seq_len)[:, None].split(16):
+            grouped = i // case.group_size + case.neighbor_window - case.neighbor_window // case.group_size
+            near = (i - j < case.neighbor_window) | (i < case.exact_len)
+            relative = torch.where(near, i - j, grouped - j // case.group_size)
+            pairs = query[i].expand(-1, seq_len, -1, -1).flatten(0, 1)
+            turned = rotate(case, pairs, relative.flatten()).unflatten(0, relative.shape)
+            scores = (turned * key).sum(-1) * case.head_size**-0.5
+            if case.log_scale_len:
+                scores = scores * ((i + 1).double().log() / math.log(case.log_scale_len)).clamp(min=1.0)[..., None]
+            if case.soft_cap:
+                scores = case.soft_cap * torch.tanh(scores / case.soft_cap)
+            seen = (j <= i) & (i - j < (case.sliding_window or seq_len))
+            weights = scores.exp() * seen[..., None]
+            total = weights.sum(1) + (sinks.exp() if sinks is not None else 0.0)
+            answers.append((weights[..., None] * value).sum(1) / total[..., None])
+    return torch.cat(answers)
+
+
+def run(kernels: Kernels, problem: Problem, dtype: torch.dtype) -> torch.Tensor:
+    """The kernels' answer through a paged cache in `dtype`, its blocks in random order, old tokens stored first."""
+    case = problem.case
+    generator = _generator(case, 2)
+    blocks_of = [-(-seq_len // case.block_size) for _, seq_len in case.requests]
+    num_blocks = sum(blocks_of) + 2
+    order = torch.randperm(num_blocks, generator=generator).int()
+    block_table = torch.zeros(len(case.requests), max(blocks_of), dtype=torch.int32)
+    for row, chosen in zip(block_table, order.split([*blocks_of, 2]), strict=False):
+        row[: len(chosen)] = chosen
+    # What no token was stored to must not matter.
+    kv_cache = torch.full(
+        (num_blocks, case.num_kv_heads, case.block_size, 2 * case.head_size), float("nan"), dtype=dtype
+    )
+    params = case.params(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def batch(spans: list[tuple[int, int]]) -> AttentionBatch:
+        positions = [torch.arange(begin, end) for begin, end in spans]
+        slots = [
+            row[p // case.block_size].long() * case.block_size + p % case.block_size
+            for row, p in zip(block_table, positions, strict=True)
+        ]
+        lens = torch.tensor([0] + [end - begin for begin, end in spans])
+        return AttentionBatch(
+            query_start_loc=lens.cumsum(0).int(),
+            seq_lens=torch.tensor([end for _, end in spans]).int(),
+            block_table=block_table,
+            slot_mapping=torch.cat(slots),
+            positions=torch.cat(positions),
+        )
+
+    def tokens(tensors: list[torch.Tensor], spans: list[tuple[int, int]], *, turned: bool) -> torch.Tensor:
+        parts = [x[begin:end] for x, (begin, end) in zip(tensors, spans, strict=True)]
+        if turned:
+            pairs = zip(parts, spans, strict=True)
+            parts = [rotate(case, x, torch.arange(begin, end)) for x, (begin, end) in pairs]
+        return torch.cat(parts).to(dtype)
+
+    old = [(0, seq_len - query_len) for query_len, seq_len in case.requests]
+    new = [(seq_len - query_len, seq_len) for query_len, seq_len in case.requests]
+    for spans in (old, new):
+        key, value = tokens(problem.keys, spans, turned=True), tokens(problem.values, spans, turned=False)
+        kernels.store_kv(key, value, kv_cache, batch(spans), params)
+    query = tokens(problem.queries, new, turned=True)
+    out = torch.empty_like(query)
+    kernels.attention(query, kv_cache, batch(new), params, out)
+    return out

@@ -1,0 +1,105 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_selfextend.config import RULE_HIGH, SelfExtendConfig
+
+
+def read(**settings: object) -> SelfExtendConfig:
+    return SelfExtendConfig.from_additional_config({"self_extend": settings})
+
+
+def test_defaults() -> None:
+    assert SelfExtendConfig.from_additional_config({}) == SelfExtendConfig()
+    assert SelfExtendConfig.from_additional_config({"other": 1}) == SelfExtendConfig()
+
+
+def test_unknown_key_lists_the_known_ones() -> None:
+    known = "group_size, neighbor_window, trained_length, exact_short, log_scale, kernel"
+    with pytest.raises(ValueError, match=f"no setting 'groupsize'; the settings are {known}"):
+        read(groupsize=8)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "8", True, None])
+@pytest.mark.parametrize("name", ["group_size", "neighbor_window"])
+def test_counts_are_checked(name: str, value: object) -> None:
+    with pytest.raises(
+        ValueError, match=f"self_extend.{name} is {value!r}; it must be an integer of at least 1, or 'auto'"
+    ):
+        read(**{name: value})
+
+
+def test_other_values_are_checked() -> None:
+    with pytest.raises(ValueError, match="trained_length is 'auto'; it must be an integer of at least 1, or None"):
+        read(trained_length="auto")
+    with pytest.raises(ValueError, match="exact_short is 1; it must be true or false"):
+        read(exact_short=1)
+    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, reference"):
+        read(kernel="cuda")
+    with pytest.raises(ValueError, match=r"additional_config\['self_extend'\] is 8; it must be a mapping"):
+        SelfExtendConfig.from_additional_config({"self_extend": 8})
+
+
+def test_past_the_capacity_names_the_smallest_group_size() -> None:
+    message = (
+        "max_model_len is 4096, but with trained length 256, group_size 8 and neighbor_window 64 Self-Extend reaches "
+        "1600 tokens. Set group_size to 22 or more, or max_model_len to at most 1600."
+    )
+    with pytest.raises(ValueError, match=message):
+        read(group_size=8, neighbor_window=64).plan(256, 4096)
+    assert read(group_size=22, neighbor_window=64).plan(256, 4096).capacity >= 4096
+
+
+def test_a_window_of_the_trained_length_cannot_be_extended() -> None:
+    with pytest.raises(ValueError, match="No group size is enough with this window: set neighbor_window below 256"):
+        read(group_size=8, neighbor_window=256).plan(256, 4096)
+    with pytest.raises(
+        ValueError, match=r"neighbor_window is 300, more than the trained length 256.*Set it to at most 256"
+    ):
+        read(neighbor_window=300).plan(256, 4096)
+
+
+def test_within_the_trained_length_it_is_ordinary_attention() -> None:
+    plan = read().plan(4096, 4096)
+    assert plan.group_size == 1
+    assert "within the trained length 4096" in plan.reason
+    assert read(group_size=4).plan(4096, 4096).group_size == 4, "what the user sets, holds"
+
+
+def test_the_automatic_choice() -> None:
+    plan = read().plan(8192, 32768)
+    assert (plan.neighbor_window, plan.group_size) == (1024, 8)
+    assert plan.reason.startswith("neighbor window 1024: a quarter of the trained length, at most 1024; group size 8: ")
+    assert read(neighbor_window=64).plan(256, 4096).reason.startswith("group size")
+    assert read(neighbor_window=64, group_size=63).plan(256, 4096).reason.endswith("set by the user")
+
+
+@given(st.integers(16, 200_000), st.integers(1, 64))
+def test_the_automatic_choice_keeps_the_rule(trained_length: int, times: int) -> None:
+    max_model_len = trained_length * times + 1
+    plan = read().plan(trained_length, max_model_len)
+    assert plan.capacity >= max_model_len
+    assert plan.rule_share <= RULE_HIGH + 1e-9
+
+
+def test_a_window_past_the_rule_gets_the_smallest_group_size_that_reaches() -> None:
+    plan = read(neighbor_window=200).plan(256, 1024)
+    assert "past the empirical rule" in plan.reason
+    assert plan.capacity >= 1024
+    with pytest.raises(ValueError, match="reaches"):
+        read(neighbor_window=200, group_size=plan.group_size - 1).plan(256, 1024)
+
+
+@given(st.integers(16, 10_000), st.integers(1, 100_000), st.booleans(), st.booleans())
+def test_a_plan_survives_the_way_to_the_workers(length: int, max_model_len: int, exact: bool, log_scale: bool) -> None:
+    plan = read(exact_short=exact, log_scale=log_scale).plan(length, max_model_len)
+    again = read(**plan.settings()).plan(plan.trained_length, max_model_len)
+    assert again.settings() == plan.settings()
+    assert again.exact_len == (plan.trained_length if exact else 0)
+    assert again.log_scale_len == (plan.trained_length if log_scale else 0)
+
+
+def test_the_users_trained_length_wins() -> None:
+    plan = read(trained_length=8192).plan(131072, 32768)
+    assert plan.trained_length == 8192
+    assert plan.group_size > 1

@@ -1,0 +1,89 @@
+"""What `vllm-selfextend plan` reports: the numbers for a model and a length, from its config alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from .config import SelfExtendConfig
+from .engine_args import widened_length_check
+from .plugin import incompatibility
+from .support import unsupported_model_reason
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """The numbers of a plan, whether the model can be served with them, and what its KV cache takes.
+
+    Attributes:
+        rule_share: `(W + (N - W) / G) / L`; the authors find good answers below about one half to two thirds.
+        kv_bytes_per_token: For all layers, in the model's own dtype.
+        kv_bytes_per_sequence: For `max_model_len` tokens; layers with a sliding window keep the window only.
+
+    """
+
+    model: str
+    supported: bool
+    why_not: str | None
+    max_model_len: int
+    trained_length: int
+    group_size: int
+    neighbor_window: int
+    capacity: int
+    rule_share: float
+    reason: str
+    kv_bytes_per_token: int
+    kv_bytes_per_sequence: int
+
+
+def plan_report(model: str, max_model_len: int, settings: dict[str, Any]) -> PlanReport:
+    """Plan for `model` without loading weights.
+
+    Args:
+        model: A checkpoint's folder or its name on the Hugging Face hub.
+        max_model_len: `N`, tokens.
+        settings: As in `additional_config["self_extend"]`.
+
+    Raises:
+        ValueError: The settings cannot reach `max_model_len`, or the config cannot be read.
+        OSError: There is no such model.
+
+    """
+    if problem := incompatibility():
+        raise ValueError(problem)
+    config = SelfExtendConfig.from_additional_config({"self_extend": settings})
+    with widened_length_check() as check:
+        model_config = EngineArgs(model=model, max_model_len=max_model_len).create_model_config()
+    plan = config.plan(check.derived_length, max_model_len)
+    why_not = unsupported_model_reason(model_config, plan) if plan.group_size > 1 else None
+    full, sliding = _layer_bytes(model_config)
+    window = min(model_config.get_sliding_window() or max_model_len, max_model_len)
+    return PlanReport(
+        model=model,
+        supported=why_not is None,
+        why_not=why_not,
+        max_model_len=max_model_len,
+        trained_length=plan.trained_length,
+        group_size=plan.group_size,
+        neighbor_window=plan.neighbor_window,
+        capacity=plan.capacity,
+        rule_share=plan.rule_share,
+        reason=plan.reason,
+        kv_bytes_per_token=full + sliding,
+        kv_bytes_per_sequence=full * max_model_len + sliding * window,
+    )
+
+
+def _layer_bytes(model_config: ModelConfig) -> tuple[int, int]:
+    """Bytes a token that the full-attention layers and the sliding layers keep."""
+    num_layers = model_config.get_total_num_hidden_layers()
+    kinds = getattr(model_config.hf_text_config, "layer_types", None) or []
+    if kinds:
+        num_sliding = sum(kind != "full_attention" for kind in kinds)
+    else:
+        num_sliding = num_layers if model_config.get_sliding_window() else 0
+    item = torch.empty((), dtype=model_config.dtype).element_size()
+    a_layer = 2 * model_config.get_total_num_kv_heads() * model_config.get_head_size() * item
+    return (num_layers - num_sliding) * a_layer, num_sliding * a_layer
