@@ -119,8 +119,8 @@ def _print_example(tasks: "list[Task]", results: "list[Result]") -> None:
     index = next(i for i, t in enumerate(tasks) if (t.num_tokens, t.num_keys) == (longest, most) and t.depth >= 0.5)
     task = tasks[index]
     words = task.prompt.text.split()
-    city = words[-2]
-    key_at = next(i for i in range(len(words)) if words[i : i + 6] == ["the", "pass", "key", "of", city, "is"])
+    asked = words[-5:]  # the pass key : CITY
+    key_at = next(i for i in range(len(words)) if words[i : i + 5] == asked)
     begin, end = max(0, key_at - 8), key_at + 22
     console.print(f"\n[bold]One of the prompts[/], {task.num_tokens:,} tokens, cut for the screen:")
     shown = f"{' '.join(words[:12])} ... {' '.join(words[begin:end])} ... {' '.join(words[-22:])}"

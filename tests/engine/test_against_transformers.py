@@ -1,6 +1,9 @@
 """Every supported architecture through vLLM, against the second oracle: token for token, every log-probability."""
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +79,20 @@ def test_the_oracle_tells_methods_apart(name: str, checkpoint: Callable) -> None
     )
     assert (right - unmodified).abs().max() > 0.1
     assert (right - other).abs().max() > 0.1
+
+
+def test_disable_sliding_window(checkpoint: Callable, start_engine: Callable, tmp_path: Path) -> None:
+    """Mistral v0.1: every layer slides; without its windows the model is Mistral trained on the window's length."""
+    path = checkpoint("mistral")
+    shutil.copytree(path, tmp_path / "sliding")
+    config_file = tmp_path / "sliding" / "config.json"
+    window = 40
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"sliding_window": window}))
+    llm = start_engine(
+        tmp_path / "sliding",
+        attention_backend="CUSTOM",
+        max_model_len=200,
+        disable_sliding_window=True,
+        additional_config={"self_extend": {"group_size": 8, "neighbor_window": 16}},
+    )
+    check(llm, path, prompts(8, 16, 200, block_size=32), SelfExtend(8, 16, exact_len=window))

@@ -20,7 +20,7 @@ def test_length_and_answer(num_keys: int, depth: float, num_tokens: int, seed: i
     assert len(words) + 1 == num_tokens
     assert set(words) <= set(passkey.vocabulary())
     assert prompt.text.count("remember it") == num_keys
-    assert f"the pass key of {words[-2]} is {prompt.answer} ." in prompt.text
+    assert f"the pass key : {words[-1]} {prompt.answer} ." in prompt.text
     assert prompt == passkey.make_prompt(num_tokens, num_keys, depth, random.Random(seed))
 
 
@@ -33,25 +33,25 @@ def test_a_word_is_a_token(tokenizer) -> None:
 
 
 def test_people_write_differently(tokenizer) -> None:
-    as_made = tokenizer("the pass key of oslo is 4 1 7 2 9 . remember it .")["input_ids"]
-    assert tokenizer("The pass key of Oslo is 41729. Remember it.")["input_ids"] == as_made
+    as_made = tokenizer("the pass key : oslo 4 1 7 2 9 . remember it .")["input_ids"]
+    assert tokenizer("The pass key: Oslo 41729. Remember it.")["input_ids"] == as_made
 
 
 def test_depth_is_where_the_key_stands() -> None:
     for depth, where in ((0.0, 0), (1.0, 1)):
         prompt = passkey.make_prompt(500, 1, depth, random.Random(1))
         begin = prompt.text.split().index("pass")
-        assert begin == (1 if where == 0 else 499 - 14 - 15 + 1)
+        assert begin == (1 if where == 0 else 499 - 10 - 14 + 1)
 
 
 def test_bad_arguments_are_named() -> None:
     rng = random.Random(0)
-    with pytest.raises(ValueError, match="num_keys is 0; it must be from 1 to 16"):
+    with pytest.raises(ValueError, match="num_keys is 0; it must be from 1 to 6"):
         passkey.make_prompt(300, 0, 0.5, rng)
     with pytest.raises(ValueError, match=r"depth is 1.5; it must be from 0 \(beginning\) to 1 \(end\)"):
         passkey.make_prompt(300, 1, 1.5, rng)
-    with pytest.raises(ValueError, match=r"num_tokens is 40; 2 key\(s\) and the question alone take 45"):
-        passkey.make_prompt(40, 2, 0.5, rng)
+    with pytest.raises(ValueError, match=r"num_tokens is 30; 2 key\(s\) and the question alone take 39"):
+        passkey.make_prompt(30, 2, 0.5, rng)
 
 
 def test_the_shipped_checkpoint_is_an_ordinary_one() -> None:

@@ -7,10 +7,7 @@ number of words plus one for `<s>`, which the tokenizer puts in front.
 import random
 from dataclasses import dataclass
 
-CITIES = (
-    "oslo", "paris", "cairo", "lima", "quito", "delhi", "tokyo", "seoul",
-    "rome", "bern", "kyiv", "riga", "accra", "hanoi", "dakar", "sofia",
-)  # fmt: skip
+CITIES = ("oslo", "paris", "cairo", "lima", "tokyo", "delhi")
 
 FILLER = (
     "the grass is green .",
@@ -102,9 +99,9 @@ def filler_sentences(num_words: int, rng: random.Random) -> list[list[str]]:
 
 def key_sentence(city: str, key: str) -> str:
     """The sentence that says a key."""
-    return f"the pass key of {city} is {key} . remember it ."
+    return f"the pass key : {city} {key} . remember it ."
 
 
 def question(city: str) -> str:
     """The words that ask for a key and begin the answer."""
-    return f"what is the pass key of {city} ? the pass key of {city} is"
+    return f"what was this number ? the pass key : {city}"
