@@ -70,14 +70,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 def make_example(length: int, rng: random.Random) -> tuple[list[str], list[bool]]:
     """The words of a training text of `length` tokens (`<s>` and `</s>` included), and which belong to an answer.
 
-    All keys of a text are asked for, one after another: to be right the model has to tell the cities apart, which it
-    learns several times faster than from one question a text.
+    As many questions as keys, one after another: to be right the model has to tell the cities apart, which it learns
+    several times faster than from one question a text. A city may be asked for twice, so that leaving out those that
+    were asked already is no help.
     """
     fitting = min(MAX_KEYS, (length - 2) // TOKENS_A_KEY)
     num_keys = rng.choice([rng.randint(1, fitting), fitting, fitting])
     cities = rng.sample(passkey.CITIES, num_keys)
     keys = {city: " ".join(rng.choices(passkey.DIGITS, k=passkey.KEY_DIGITS)) for city in cities}
-    asked = rng.sample(cities, len(cities))
+    asked = rng.choices(cities, k=len(cities))
     questions = [passkey.question(city).split() for city in asked]
     answers = [f"{keys[city]} .".split() for city in asked]
     statements = [passkey.key_sentence(city, key).split() for city, key in keys.items()]

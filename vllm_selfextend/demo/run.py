@@ -4,16 +4,15 @@ import dataclasses
 import json
 import os
 import random
+import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import MODEL_DIR
 from .passkey import KEY_DIGITS, PasskeyPrompt, make_prompt
-
-if TYPE_CHECKING:
-    from vllm import LLM
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 KEY_COUNTS = (1, 4)
@@ -73,6 +72,7 @@ def engine_settings(method: str) -> dict[str, Any]:
         "enforce_eager": True,
         "max_num_batched_tokens": 2048,
         "kv_cache_memory_bytes": 256 << 20,
+        "use_tqdm_on_load": False,
         "disable_log_stats": True,
     }
     if method == "self_extend":
@@ -83,7 +83,7 @@ def engine_settings(method: str) -> dict[str, Any]:
 
 def run_method(method: str, tasks: list[Task], on_answer: Callable[[], None]) -> list[Result]:
     """Answer every task through vLLM's `LLM`; `on_answer` is called once a task."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    _quieten()
     from vllm import LLM, SamplingParams
 
     llm = LLM(**engine_settings(method))
@@ -98,13 +98,17 @@ def run_method(method: str, tasks: list[Task], on_answer: Callable[[], None]) ->
                 results.append(Result(method, task.num_tokens, task.num_keys, task.depth, task.prompt.answer, answer))
                 on_answer()
     finally:
-        shut_down(llm)
+        # End the engine's processes, so that the next one has the machine to itself.
+        llm.llm_engine.engine_core.shutdown(timeout=30)
     return results
 
 
-def shut_down(llm: "LLM") -> None:
-    """End the engine's processes, so that the next one has the machine to itself."""
-    llm.llm_engine.engine_core.shutdown()
+def _quieten() -> None:
+    """Leave the screen to the progress bar; what a user sets stays. The engine's processes inherit it."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+        warnings.simplefilter("ignore", FutureWarning)
 
 
 def accuracy(results: Iterable[Result], method: str, num_tokens: int, num_keys: int) -> float:
