@@ -26,7 +26,7 @@ def store_kv(
     block_size, head_size = kv_cache.shape[2], key.shape[2]
     if params.group_size > 1:
         steps = _lag(batch.positions, params.group_size)
-        key = _rotate(key.to(_compute_dtype(key)), -steps[:, None], _rotation(params))
+        key = rotate(key.to(_compute_dtype(key)), -steps[:, None], _rotation(params))
     stored = batch.slot_mapping >= 0
     slots = batch.slot_mapping[stored]
     block, offset = slots // block_size, slots % block_size
@@ -160,12 +160,12 @@ def _self_extend_scores(
     # Keys before this column are no query's neighbors.
     column = 0 if bool(exact.any()) else max(0, int(query_pos.min()) - window + 1 - int(key_pos[0]))
     near, near_pos = key[:, :, column:], key_pos[column:]
-    neighbor = _scores(query, _rotate(near, _lag(near_pos, group), rotation))
+    neighbor = _scores(query, rotate(near, _lag(near_pos, group), rotation))
     is_neighbor = (query_pos[:, :, None] - near_pos < window) | exact[:, :, None]
     if column == 0 and bool(is_neighbor.all()):
         return neighbor
     shift = window - window // group - _lag(query_pos, group)
-    grouped_query = _rotate(query, shift[:, :, None], rotation)
+    grouped_query = rotate(query, shift[:, :, None], rotation)
     scores = _scores(grouped_query, key)
     scores[..., column:] = torch.where(is_neighbor[:, None], neighbor, scores[..., column:])
     return scores
@@ -178,7 +178,7 @@ def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return (packed @ key.transpose(2, 3)).unflatten(2, (-1, rows)).flatten(1, 2)
 
 
-def _rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     """Rotate `x` `[..., head_size]` by `steps` (of either sign, broadcast over the leading dimensions)."""
     cos, sin = rotation.cos_sin[steps.abs()].to(x.dtype).chunk(2, dim=-1)
     sin = sin * steps.sign()[..., None]

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
 
+import numpy as np
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,16 @@ class SelfExtend:
     exact_len: int = 0
 
 
-def next_token_logprobs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[torch.Tensor]:
+def next_token_logprobs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[np.ndarray]:
     """For each sequence the log-probabilities `[len, vocab]` of the token after each of its tokens, in float32."""
     AttentionInterface.register("self_extend_oracle", _attention)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    config = AutoConfig.from_pretrained(checkpoint)
+    if config.rope_parameters.get("rope_type") == "longrope":
+        # transformers chooses by each text's length; vLLM, serving more than the original length, takes the long ones.
+        config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, config=config, dtype=torch.float32, attn_implementation="eager"
+    )
     model.config._attn_implementation = model.model.config._attn_implementation = "self_extend_oracle"
     model.eval()
     results = []
@@ -36,7 +43,7 @@ def next_token_logprobs(checkpoint: str, sequences: list[list[int]], method: Sel
             module.oracle = (model.model.rotary_emb, rotate, method)
         for tokens in sequences:
             logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
-            results.append(logits.log_softmax(-1))
+            results.append(logits.log_softmax(-1).numpy())
     return results
 
 

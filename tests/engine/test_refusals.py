@@ -9,7 +9,7 @@ import pytest
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_selfextend import binding, plugin
+from vllm_selfextend import binding, plugin, rotary_modules
 from vllm_selfextend.rotary import inverse_frequencies
 
 from .models import SHAPE
@@ -131,16 +131,14 @@ def test_settings_without_the_backend_are_warned_about(tmp_path: Path, monkeypat
 
 
 def test_a_wrong_rotation_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "inverse_frequencies", lambda *args: 1.01 * inverse_frequencies(*args))
+    monkeypatch.setattr(rotary_modules, "inverse_frequencies", lambda *args: 1.01 * inverse_frequencies(*args))
     with pytest.raises(ValueError, match=r"rotary_emb: this RotaryEmbedding does not rotate as the RoPE parameters"):
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
 
 
 def test_a_layer_without_a_rotary_module_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "_uses_rope", lambda block: False)
-    with pytest.raises(
-        ValueError, match=r"beside the attention layer model\.layers\.0\.self_attn\.attn there is no rotary"
-    ):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.attn: this layer uses no rotary embedding"):
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
 
 

@@ -1,0 +1,150 @@
+"""What the rotary modules of a loaded model do, found out from the modules themselves and held against the config.
+
+vLLM's own modules keep a table of cosines and sines; those of models that run through vLLM's Transformers backend
+compute them for the positions at hand. Either way a rotation is taken only if it is found equal to one that the config
+names.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+
+from .backends import Rotation
+from .backends.reference import rotate
+from .rotary import Frequencies, cos_sin, inverse_frequencies, rope_parameters
+
+# The longrope module keeps both its tables in one and is not a RotaryEmbeddingBase.
+_VLLM_CLASSES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
+_TABLE_NAMES = ("cos_sin_cache", "cos_sin_cache_bf16", "long_short_cos_sin_cache")
+
+
+@dataclass(frozen=True)
+class ModelRotation:
+    """How a model rotates: its frequencies, and which dimensions make a pair (see `backends.Rotation`)."""
+
+    frequencies: Frequencies
+    interleaved: bool
+
+
+def is_vllm_rotary(module: nn.Module) -> bool:
+    """Whether this is one of vLLM's own rotary modules, of a kind that Self-Extend knows."""
+    return isinstance(module, _VLLM_CLASSES)
+
+
+def vllm_rotation(module: nn.Module, hf_text_config: Any) -> ModelRotation:
+    """The rotation of one of vLLM's modules: the config's set of RoPE parameters that its table was made with.
+
+    Raises:
+        ValueError: There is none.
+
+    """
+    table = _table(module)
+    start = _first_row(module)
+    scaling = _attention_scaling(module)
+    positions = _probe_positions(table.shape[0] - start)
+    rows = table[start + positions.to(table.device)].to("cpu", torch.float64)
+    # vLLM rounds the table to the model's dtype.
+    allowed = _angle_error(positions) + 2 * torch.finfo(table.dtype).eps
+    for rope in rope_parameters(hf_text_config):
+        frequencies = inverse_frequencies(rope, table.shape[1])
+        if bool(((rows / scaling - _rows(frequencies, positions)).abs() <= allowed).all()):
+            # Only GPT-NeoX pairs exist for longrope, whose module has no such attribute.
+            return ModelRotation(frequencies, interleaved=not getattr(module, "is_neox_style", True))
+    raise ValueError(_mismatch(module, hf_text_config))
+
+
+def lengthen_tables(module: nn.Module, frequencies: Frequencies, length: int) -> None:
+    """Append the rows that positions up to `length - 1` need to the table of one of vLLM's modules.
+
+    The table ends at the checkpoint's length (for some RoPE types at a length of its own), and a position past it would
+    be read out of bounds.
+    """
+    for name in _TABLE_NAMES:
+        table = getattr(module, name, None)
+        if table is None or (rows := table.shape[0] - _first_row(module)) >= length:
+            continue
+        more = _attention_scaling(module) * cos_sin(frequencies, rows, length, torch.float64)
+        setattr(module, name, torch.cat([table, more.to(table.device, table.dtype)]))
+
+
+def transformers_rotation(
+    model: nn.Module, attention_block: nn.Module, hf_text_config: Any, length: int
+) -> ModelRotation:
+    """The rotation of a layer of a model that runs through vLLM's Transformers backend, found by rotating a probe.
+
+    Args:
+        model: The whole model, which holds the rotary module.
+        attention_block: The layer's attention module; its source file defines `apply_rotary_pos_emb`.
+        hf_text_config: The model's config.
+        length: Positions up to `length - 1` are to be served.
+
+    Raises:
+        ValueError: The rotation cannot be told, or is none that the config names.
+
+    """
+    apply_rotary = getattr(sys.modules[type(attention_block).__module__], "apply_rotary_pos_emb", None)
+    rotary = next(
+        (m for name, m in model.named_modules() if name.endswith("rotary_emb") and hasattr(m, "inv_freq")), None
+    )
+    if apply_rotary is None or rotary is None:
+        raise ValueError("beside it there is no rotary embedding of a kind Self-Extend knows.")
+    ropes = list(rope_parameters(hf_text_config))
+    if any(rope.get("rope_type") == "longrope" for rope in ropes):
+        raise ValueError("transformers chooses longrope's factors anew for every batch, and cached keys keep theirs.")
+    positions = _probe_positions(length)
+    device = rotary.inv_freq.device
+    cos, sin = rotary(torch.zeros(1, device=device, dtype=torch.float32), positions[None].to(device))
+    rotary_dim = cos.shape[-1]
+    probe = torch.randn(len(positions), rotary_dim, generator=torch.Generator().manual_seed(0))
+    turned, _ = apply_rotary(*[probe[None, None].to(device)] * 2, cos, sin)
+    got = turned[0, 0].to("cpu", torch.float64) / getattr(rotary, "attention_scaling", 1.0)
+    allowed = 8 * (_angle_error(positions) + torch.finfo(torch.float32).eps)
+    for rope in ropes:
+        frequencies = inverse_frequencies(rope, rotary_dim)
+        for interleaved in (False, True):
+            rotation = Rotation(_rows(frequencies, positions), interleaved)
+            wanted = rotate(probe.double(), torch.arange(len(positions)), rotation)
+            if bool(((got - wanted).abs() <= allowed).all()):
+                return ModelRotation(frequencies, interleaved)
+    raise ValueError(_mismatch(rotary, hf_text_config))
+
+
+def _mismatch(module: nn.Module, hf_text_config: Any) -> str:
+    return (
+        f"this {type(module).__name__} does not rotate as the RoPE parameters in the model's config say "
+        f"({list(rope_parameters(hf_text_config))}), and a key rotated back wrongly would give wrong answers."
+    )
+
+
+def _probe_positions(length: int) -> torch.Tensor:
+    """Dense where one wrong frequency shows, then sparse to the end."""
+    positions = {*range(33), *(2**n for n in range(6, 40)), length - 1}
+    return torch.tensor(sorted(position for position in positions if position < length))
+
+
+def _rows(frequencies: Frequencies, positions: torch.Tensor) -> torch.Tensor:
+    return torch.cat([cos_sin(frequencies, p, p + 1, torch.float64) for p in positions.tolist()])
+
+
+def _angle_error(positions: torch.Tensor) -> torch.Tensor:
+    """What computing the angles in float32, as vLLM and transformers do, may cost."""
+    return positions[:, None] * 2.0**-21
+
+
+def _table(module: nn.Module) -> torch.Tensor:
+    return next(table for name in _TABLE_NAMES if (table := getattr(module, name, None)) is not None)
+
+
+def _first_row(module: nn.Module) -> int:
+    """The row of position 0: longrope's table begins with the short factors' rows."""
+    return module.original_max_position_embeddings if isinstance(module, Phi3LongRoPEScaledRotaryEmbedding) else 0
+
+
+def _attention_scaling(module: nn.Module) -> float:
+    """What yarn and longrope multiply cosines and sines by."""
+    return float(getattr(module, "mscale", None) or getattr(module, "long_mscale", None) or 1.0)
