@@ -50,13 +50,23 @@ def test_in_a_batch_with_chunks_and_on_a_prefix_hit(
     assert counter(llm, "vllm:prefix_cache_hits") - hits > sum(LENGTHS) // 2
 
 
-def test_after_preemption(alone: list[list[int]], checkpoint: Callable, start_engine: Callable) -> None:
-    # Room for one of the longest and little else: 3 layers, keys and values, 2 heads of 32 float32.
-    a_token = 3 * 2 * 2 * 32 * 4
+def test_after_preemption(checkpoint: Callable, start_engine: Callable) -> None:
+    # Room for 16 prompts of 4 blocks, 65 blocks in all: as the answers grow into a fifth block, some must give way.
+    a_token = 3 * 2 * 2 * 32 * 4  # 3 layers, keys and values, 2 heads of 32 float32
+    memory = {"kv_cache_memory_bytes": 66 * 16 * a_token, "block_size": 16, "enable_prefix_caching": False}
+    generator = torch.Generator().manual_seed(3)
+    texts = torch.randint(3, VOCAB_SIZE, (16, 60), generator=generator).tolist()
+    numbers = {"group_size": 3, "neighbor_window": 16}
     llm = start_engine(
-        checkpoint("llama"), **SETTINGS, max_num_batched_tokens=256, kv_cache_memory_bytes=1152 * a_token, block_size=16
+        checkpoint("llama"),
+        attention_backend="CUSTOM",
+        max_model_len=128,
+        additional_config={"self_extend": {**numbers, "trained_length": 60}},
+        **memory,
     )
-    assert answers(llm, prompts()[:14] * 2) == alone[:14] * 2
+    one_by_one = [answers(llm, [text])[0] for text in texts]
+    assert counter(llm, "vllm:num_preemptions") == 0
+    assert answers(llm, texts) == one_by_one
     assert counter(llm, "vllm:num_preemptions") > 0
 
 
@@ -73,7 +83,11 @@ def test_compiled(alone: list[list[int]], checkpoint: Callable, start_engine: Ca
     assert answers(llm, prompts()) == alone
 
 
-def test_with_ngram_speculation(alone: list[list[int]], checkpoint: Callable, start_engine: Callable) -> None:
+def test_with_ngram_speculation(
+    alone: list[list[int]], checkpoint: Callable, start_engine: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In processes of its own: it loads numba, after which vLLM cannot start a second engine in the same process.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     llm = start_engine(checkpoint("llama"), **SETTINGS, speculative_config=speculation)
     assert answers(llm, prompts()) == alone
