@@ -19,7 +19,7 @@ class PlanReport:
 
     Attributes:
         rule_share: `(W + (N - W) / G) / L`; the authors find good answers below about one half to two thirds.
-        kv_bytes_per_token: For all layers, in the model's own dtype.
+        kv_bytes_per_token: For all layers, in the dtype that vLLM would serve the model in.
         kv_bytes_per_sequence: For `max_model_len` tokens; layers with a sliding window keep the window only.
 
     """

@@ -24,8 +24,8 @@ def test_plan_of_the_demo_model() -> None:
     assert (report["trained_length"], report["neighbor_window"], report["group_size"]) == (256, 64, 38)
     assert report["capacity"] >= 4096
     assert report["rule_share"] == pytest.approx((64 + (4096 - 64) / 38) / 256)
-    # 4 layers, keys and values, 2 heads of 32 float32.
-    assert report["kv_bytes_per_token"] == 4 * 2 * 2 * 32 * 4
+    # 4 layers, keys and values, 2 heads of 32; vLLM serves float32 checkpoints in 16 bits.
+    assert report["kv_bytes_per_token"] == 4 * 2 * 2 * 32 * 2
     assert report["kv_bytes_per_sequence"] == 4096 * report["kv_bytes_per_token"]
 
 
@@ -65,8 +65,8 @@ def test_plan_of_a_model_with_sliding_layers(tmp_path: Path) -> None:
     config |= {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "sliding_window": 128}
     (tmp_path / "config.json").write_text(json.dumps(config))
     report = plan(tmp_path, "--max-model-len", 4096)
-    assert report["kv_bytes_per_token"] == 2048
-    assert report["kv_bytes_per_sequence"] == 1024 * 4096 + 1024 * 128, "every other layer keeps its window only"
+    assert report["kv_bytes_per_token"] == 1024
+    assert report["kv_bytes_per_sequence"] == 512 * 4096 + 512 * 128, "every other layer keeps its window only"
 
 
 def test_plan_of_nothing() -> None:
