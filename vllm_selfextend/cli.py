@@ -98,12 +98,10 @@ def _need_vllm() -> None:
 def _demo_table(results: "list[Result]", trained_length: int) -> Table:
     from .demo.run import KEY_COUNTS, LENGTHS, accuracy
 
-    table = Table(
-        title=f"Passkeys found by a model trained on {trained_length} tokens (one key / four keys in the text)"
-    )
-    table.add_column("tokens in the prompt", justify="right")
-    table.add_column("unmodified", justify="right")
-    table.add_column("Self-Extend", justify="right")
+    table = Table(title=f"Passkeys found by a model trained on {trained_length} tokens")
+    table.add_column("tokens in\nthe prompt", justify="right")
+    for method in ("unmodified", "Self-Extend"):
+        table.add_column(f"{method}\n1 key / 4 keys", justify="right")
     for num_tokens in LENGTHS:
         cells = [
             " / ".join(f"{accuracy(results, method, num_tokens, keys):.0%}" for keys in KEY_COUNTS)

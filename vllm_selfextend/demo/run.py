@@ -152,5 +152,5 @@ def _plot(results: list[Result], trained_length: int, path: Path) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set(xlabel="tokens in the prompt", ylabel="passkeys found", ylim=(-0.03, 1.05))
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left")
+    axes.legend(loc="lower left")
     figure.savefig(path, dpi=150)
