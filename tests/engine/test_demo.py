@@ -10,9 +10,9 @@ from vllm_selfextend.demo import run
 
 @pytest.fixture
 def tasks() -> list[run.Task]:
-    """The longest prompts at a few depths."""
+    """Every seventh of the longest prompts: 12 of 84, of which the whole demo finds 81."""
     longest = [task for task in run.make_tasks() if task.num_tokens == max(run.LENGTHS)]
-    return longest[:: len(longest) // 8]
+    return longest[::7]
 
 
 def test_self_extend_finds_what_the_unmodified_model_does_not(tasks: list[run.Task]) -> None:
@@ -25,12 +25,11 @@ def test_self_extend_finds_what_the_unmodified_model_does_not(tasks: list[run.Ta
 
 
 def test_results_are_written(tmp_path: Path) -> None:
-    results = [
-        run.Result(method, task.num_tokens, task.num_keys, task.depth, task.prompt.answer, answer)
-        for method, answer in (("self_extend", "right"), ("unmodified", "wrong"))
-        for task in run.make_tasks()
-        for answer in [task.prompt.answer if answer == "right" else "0 0 0 0 0"]
-    ]
+    results = []
+    for task in run.make_tasks():
+        for method, answer in (("self_extend", task.prompt.answer), ("unmodified", "none")):
+            cell = method, task.num_tokens, task.num_keys, task.depth
+            results.append(run.Result(*cell, expected=task.prompt.answer, answer=answer))
     run.write_results(results, 256, tmp_path / "new" / "folder")
     written = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
     assert written["trained_length"] == 256
