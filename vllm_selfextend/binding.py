@@ -30,11 +30,14 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
         bind_model(model_runner.get_model(), vllm_config.model_config, plan)
         drafter = getattr(model_runner, "drafter", None) or getattr(model_runner, "speculator", None)
         if isinstance(draft := getattr(drafter, "model", None), nn.Module):
-            bind_model(draft, vllm_config.speculative_config.draft_model_config, plan, may_be_short=True)
+            bind_model(draft, vllm_config.speculative_config.draft_model_config, plan, is_draft=True)
 
 
-def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan, *, may_be_short: bool = False) -> None:
-    """Check and lengthen every rotary table of `model`, and give each full-attention layer its rotation."""
+def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan, *, is_draft: bool = False) -> None:
+    """Check and lengthen every rotary table of `model`, and give each full-attention layer its rotation.
+
+    A model without such a layer is refused, unless it is a draft model: drafts change the speed, never the answers.
+    """
     name, config = model_config.model, model_config.hf_text_config
     known: dict[int, ModelRotation] = {}
     for path, module in model.named_modules():
@@ -61,7 +64,7 @@ def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan,
             tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(next(model.parameters()).device)
         layer.impl.bind(Rotation(tables[key], rotation.interleaved))
         bound += 1
-    if bound == 0 and not may_be_short:
+    if bound == 0 and not is_draft:
         raise ValueError(
             f"Self-Extend cannot serve {name}: none of its attention layers sees the whole context, so there is "
             "nothing to extend. If they use a sliding window, add --disable-sliding-window."
