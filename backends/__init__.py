@@ -5,22 +5,56 @@ import torch
 from . import reference
 from .interface import AttentionBatch, AttentionParams, Kernels, Rotation
 
+KERNEL_NAMES = ("cpu", "reference")
+"""What a user can ask for, besides `"auto"`."""
+
 KERNELS: dict[str, Kernels] = {"reference": reference}
-"""The kernel sets by the name a user gives."""
+"""The kernel sets that this installation has, by name."""
+
+_missing: dict[str, str] = {}
+try:
+    from . import cpu
+
+    KERNELS["cpu"] = cpu
+except ImportError as error:
+    _missing["cpu"] = str(error)
 
 
-def load_kernels(name: str, device: torch.device) -> Kernels:
-    """The kernel set called `name`, or for `"auto"` the fastest one for `device`.
+def choose_kernels(name: str, device: torch.device) -> str:
+    """The name of the kernel set that `name` means on `device`: itself, or for `"auto"` the fastest there is.
 
     Raises:
-        ValueError: There is no kernel set of that name.
+        ValueError: There is no kernel set of that name, or it does not run on `device`.
+        RuntimeError: It was not built when this package was installed.
 
     """
     if name == "auto":
-        return reference
-    if name not in KERNELS:
-        raise ValueError(f"kernel is {name!r}; it must be one of {', '.join(['auto', *KERNELS])}.")
-    return KERNELS[name]
+        return "cpu" if device.type == "cpu" and "cpu" in KERNELS else "reference"
+    if name not in KERNEL_NAMES:
+        raise ValueError(f"kernel is {name!r}; it must be one of {', '.join(['auto', *KERNEL_NAMES])}.")
+    if name == "cpu" and device.type != "cpu":
+        raise ValueError(f"kernel is 'cpu', which cannot run on the device {device}; leave it 'auto'.")
+    if name in _missing:
+        raise RuntimeError(
+            f"kernel is {name!r}, but those kernels were not built when vllm-selfextend was installed "
+            f"({_missing[name]}). Install a C++ compiler and reinstall with pip install --no-build-isolation, or set "
+            "kernel to 'reference'."
+        )
+    return name
 
 
-__all__ = ["KERNELS", "AttentionBatch", "AttentionParams", "Kernels", "Rotation", "load_kernels"]
+def load_kernels(name: str, device: torch.device) -> Kernels:
+    """The kernel set that `name` means on `device`; raises like `choose_kernels`."""
+    return KERNELS[choose_kernels(name, device)]
+
+
+__all__ = [
+    "KERNELS",
+    "KERNEL_NAMES",
+    "AttentionBatch",
+    "AttentionParams",
+    "Kernels",
+    "Rotation",
+    "choose_kernels",
+    "load_kernels",
+]

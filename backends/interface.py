@@ -49,6 +49,8 @@ class AttentionParams:
         sliding_window: If not 0, a query sees the keys with `i - j < sliding_window` only.
         rotation: Needed where `group_size` is above 1.
         sinks: `[num_heads]` or None: a logit a head that takes part in the softmax and adds nothing to the output.
+        k_scale: An 8-bit cache holds keys divided by it.
+        v_scale: An 8-bit cache holds values divided by it.
 
     """
 
@@ -61,6 +63,8 @@ class AttentionParams:
     sliding_window: int = 0
     rotation: Rotation | None = None
     sinks: torch.Tensor | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ class AttentionBatch:
 class Kernels(Protocol):
     """The two calls every kernel set offers; a module can be one.
 
-    The cache is `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block, so
-    what one set stored only the same set can read.
+    The cache has the queries' dtype, or is float8_e4m3fn (as such, or as the uint8 that vLLM makes of it). It is
+    `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block, so what one set
+    stored only the same set can read.
     """
 
     def store_kv(

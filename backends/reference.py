@@ -30,6 +30,9 @@ def store_kv(
     stored = batch.slot_mapping >= 0
     slots = batch.slot_mapping[stored]
     block, offset = slots // block_size, slots % block_size
+    if kv_cache.element_size() == 1:
+        kv_cache = kv_cache.view(torch.uint8)
+        key, value = _to_fp8(key / params.k_scale), _to_fp8(value / params.v_scale)
     kv_cache[block, :, offset, :head_size] = key[stored].to(kv_cache.dtype)
     kv_cache[block, :, offset, head_size:] = value[stored].to(kv_cache.dtype)
 
@@ -93,8 +96,14 @@ def _gather(
     begin = max(0, first + 1 - params.sliding_window) // block_size if params.sliding_window else 0
     blocks = batch.block_table[requests, begin : -(-last // block_size)].long()
     # [requests, blocks, kv heads, block_size, 2 * head_size] -> [requests, kv heads, keys, 2 * head_size]
-    kv = kv_cache[blocks].transpose(1, 2).flatten(2, 3)[:, :, : last - begin * block_size].to(dtype)
+    if kv_cache.element_size() == 1:
+        kv = kv_cache.view(torch.uint8)[blocks].view(torch.float8_e4m3fn)
+    else:
+        kv = kv_cache[blocks]
+    kv = kv.transpose(1, 2).flatten(2, 3)[:, :, : last - begin * block_size].to(dtype)
     key, value = kv.chunk(2, dim=-1)
+    if kv_cache.element_size() == 1:
+        key, value = key * params.k_scale, value * params.v_scale
     return key, value, torch.arange(begin * block_size, last, device=kv_cache.device)
 
 
@@ -190,6 +199,11 @@ def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Te
     turned = first * cos - second * sin, second * cos + first * sin
     rotated = torch.stack(turned, dim=-1).flatten(-2) if rotation.interleaved else torch.cat(turned, dim=-1)
     return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
+
+
+def _to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of `x` in float8_e4m3fn; what is too large becomes the largest, as in vLLM."""
+    return x.float().clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _lag(positions: torch.Tensor, group_size: int) -> torch.Tensor:

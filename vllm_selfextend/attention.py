@@ -28,7 +28,7 @@ class SelfExtendBackend(AttentionBackend):
     """What `--attention-backend CUSTOM` selects."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
     forward_includes_kv_cache_update = True
 
     @staticmethod
@@ -138,7 +138,8 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         vllm_config = get_current_vllm_config()
         self.plan = worker_plan(vllm_config)
         self.kernels = load_kernels(self.plan.kernel, torch.device(vllm_config.device_config.device))
-        self.params: AttentionParams | None = None if self.extends else self._make_params(None)
+        self.rotation: Rotation | None = None
+        self.params: AttentionParams | None = None
 
     @property
     def extends(self) -> bool:
@@ -147,19 +148,23 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
 
     def bind(self, rotation: Rotation) -> None:
         """Give a layer that groups positions its rotation; called once the model is loaded."""
-        self.params = self._make_params(rotation)
+        self.rotation = rotation
 
-    def _make_params(self, rotation: Rotation | None) -> AttentionParams:
+    def _make_params(self, layer: AttentionLayer) -> AttentionParams:
+        assert not self.extends or self.rotation, f"{layer} was not bound to its rotation after loading"
+        is_quantized = self.kv_cache_dtype.startswith("fp8")
         return AttentionParams(
             scale=self.scale,
-            group_size=self.plan.group_size if rotation else 1,
+            group_size=self.plan.group_size if self.extends else 1,
             neighbor_window=self.plan.neighbor_window,
             exact_len=self.plan.exact_len,
             log_scale_len=self.plan.log_scale_len if self.sliding_window is None else 0,
             soft_cap=self.soft_cap,
             sliding_window=self.sliding_window or 0,
-            rotation=rotation,
-            sinks=self.sinks,
+            rotation=self.rotation,
+            sinks=None if self.sinks is None else self.sinks.float(),
+            k_scale=layer._k_scale_float if is_quantized else 1.0,
+            v_scale=layer._v_scale_float if is_quantized else 1.0,
         )
 
     def forward(
@@ -192,7 +197,9 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
             raise NotImplementedError("Self-Extend does not write quantized attention output.")
         if attn_metadata is None:
             return output.zero_()
-        assert self.params is not None, f"{layer} was not bound to its rotation after loading"
+        if self.params is None:
+            # Not before: sinks and scales are loaded with the weights.
+            self.params = self._make_params(layer)
         num_tokens, batch = attn_metadata.num_actual_tokens, attn_metadata.batch
         if not self.shares_kv_cache and key is not None and value is not None:
             self.kernels.store_kv(key[:num_tokens], value[:num_tokens], kv_cache, batch, self.params)

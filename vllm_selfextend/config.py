@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .backends import KERNELS
+from .backends import KERNEL_NAMES
 from .positions import capacity, smallest_group_size
 
 CONFIG_KEY = "self_extend"
@@ -50,7 +50,7 @@ class SelfExtendConfig:
         for name in ("exact_short", "log_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"self_extend.{name} is {getattr(self, name)!r}; it must be true or false.")
-        kernels = ["auto", *KERNELS]
+        kernels = ["auto", *KERNEL_NAMES]
         if self.kernel not in kernels:
             raise ValueError(f"self_extend.kernel is {self.kernel!r}; it must be one of {', '.join(kernels)}.")
 

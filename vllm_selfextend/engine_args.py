@@ -14,11 +14,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm.config import AttentionConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from .backends import choose_kernels
 from .config import CONFIG_KEY, ExtensionPlan, SelfExtendConfig
 from .support import unsupported_reason
 from .worker import SELF_EXTEND_WORKERS
@@ -131,6 +133,15 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
             plan.reason,
             "as by the unmodified model" if plan.exact_short else "with grouped positions too",
         )
+    device = torch.device(vllm_config.device_config.device)
+    kernels = choose_kernels(plan.kernel, device)
+    if device.type == "cpu" and kernels == "reference" and plan.kernel == "auto":
+        logger.warning(
+            "The native CPU kernels were not built when vllm-selfextend was installed, so the much slower PyTorch "
+            "kernels serve. Install a C++ compiler and reinstall with pip install --no-build-isolation."
+        )
+    else:
+        logger.info("Self-Extend's attention runs on the %s kernels.", kernels)
     vllm_config.additional_config = {**_as_dict(vllm_config.additional_config), CONFIG_KEY: plan.settings()}
 
 

@@ -1,14 +1,37 @@
-"""Random attention problems, and the paper's answer to them in float64 from its formula, one query at a time."""
+"""Random attention problems, the paper's answer to them in float64 from its formula, and the kernels to be tested."""
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from vllm_selfextend.backends import AttentionBatch, AttentionParams, Kernels, Rotation
+from vllm_selfextend.backends import AttentionBatch, AttentionParams, Kernels, Rotation, cpu, reference
 
 from vllm_selfextend.rotary import cos_sin
 
-MAX_STEPS = 512
+
+class CPUKernels:
+    """The CPU kernels with the vector code of one instruction set."""
+
+    def __init__(self, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+
+    def _call(self, call: Any, *arguments: Any) -> None:
+        chosen, cpu.instruction_set = cpu.instruction_set, self.instruction_set
+        try:
+            call(*arguments)
+        finally:
+            cpu.instruction_set = chosen
+
+    def store_kv(self, *arguments: Any) -> None:
+        self._call(cpu.store_kv, *arguments)
+
+    def attention(self, *arguments: Any) -> None:
+        self._call(cpu.attention, *arguments)
+
+
+KERNELS: dict[str, Kernels] = {"reference": reference, **{name: CPUKernels(name) for name in cpu.INSTRUCTION_SETS}}
+"""Everything that this machine can run."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +52,18 @@ class Case:
     has_sinks: bool = False
     interleaved: bool = False
     rotary_dim: int = 32
+    kv_scales: tuple[float, float] = (1.0, 1.0)
     seed: int = 0
     base: float = field(default=1000.0, repr=False)
 
     def frequencies(self) -> torch.Tensor:
         """`[rotary_dim / 2]`."""
         return self.base ** (-torch.arange(0, self.rotary_dim, 2, dtype=torch.float32) / self.rotary_dim)
+
+    @property
+    def num_steps(self) -> int:
+        """Rows of the re-rotation table: positions, the window's steps, and those within 16 keys."""
+        return max(*[seq_len for _, seq_len in self.requests], self.neighbor_window, 16) + 1
 
     def params(self, dtype: torch.dtype = torch.float32) -> AttentionParams:
         """The layer, with a re-rotation table of `dtype`."""
@@ -47,8 +76,10 @@ class Case:
             log_scale_len=self.log_scale_len,
             soft_cap=self.soft_cap,
             sliding_window=self.sliding_window,
-            rotation=Rotation(cos_sin(self.frequencies(), 0, MAX_STEPS, dtype), self.interleaved),
+            rotation=Rotation(cos_sin(self.frequencies(), 0, self.num_steps, dtype), self.interleaved),
             sinks=sinks.to(dtype) if self.has_sinks else None,
+            k_scale=self.kv_scales[0],
+            v_scale=self.kv_scales[1],
         )
 
 
@@ -132,8 +163,8 @@ def expected(problem: Problem) -> torch.Tensor:
     return torch.cat(answers)
 
 
-def run(kernels: Kernels, problem: Problem, dtype: torch.dtype) -> torch.Tensor:
-    """The kernels' answer through a paged cache in `dtype`, its blocks in random order, old tokens stored first."""
+def run(kernels: Kernels, problem: Problem, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The kernels' answer through a paged cache, its blocks in random order, old tokens stored first."""
     case = problem.case
     generator = _generator(case, 2)
     blocks_of = [-(-seq_len // case.block_size) for _, seq_len in case.requests]
@@ -143,9 +174,8 @@ def run(kernels: Kernels, problem: Problem, dtype: torch.dtype) -> torch.Tensor:
     for row, chosen in zip(block_table, order.split([*blocks_of, 2]), strict=False):
         row[: len(chosen)] = chosen
     # What no token was stored to must not matter.
-    kv_cache = torch.full(
-        (num_blocks, case.num_kv_heads, case.block_size, 2 * case.head_size), float("nan"), dtype=dtype
-    )
+    shape = num_blocks, case.num_kv_heads, case.block_size, 2 * case.head_size
+    kv_cache = torch.full(shape, float("nan")).to(cache_dtype or dtype)
     params = case.params(torch.float64 if dtype == torch.float64 else torch.float32)
 
     def batch(spans: list[tuple[int, int]]) -> AttentionBatch:

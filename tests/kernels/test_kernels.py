@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_selfextend.backends import KERNELS, AttentionParams, load_kernels, reference
+from vllm_selfextend.backends import AttentionBatch, AttentionParams, Rotation, cpu, reference
 
-from .cases import Case, Problem, expected, run
+from .cases import KERNELS, Case, CPUKernels, Problem, expected, run
 
 # What rounding inputs, the cache and the output to the dtype can do to values of size 1.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
@@ -56,8 +56,15 @@ def check(kernels: str, case: Case, *dtypes: torch.dtype) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("batch", BATCHES)
-def test_reference_is_the_papers_formula(batch: str, variant: str) -> None:
-    check("reference", Case(BATCHES[batch], **VARIANTS[variant]), torch.float64)
+def test_the_papers_formula(batch: str, variant: str) -> None:
+    problem = Problem.of(Case(BATCHES[batch], **VARIANTS[variant]), torch.float32)
+    wanted = expected(problem)
+    for name, kernels in KERNELS.items():
+        dtype = torch.float64 if name == "reference" else torch.float32
+        got = run(kernels, problem, dtype).double()
+        torch.testing.assert_close(
+            got, wanted, atol=TOLERANCE[dtype], rtol=0.0, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -83,8 +90,9 @@ def cases(draw: st.DrawFn) -> Case:
     num_kv_heads = draw(st.integers(1, 3))
     return Case(
         requests=tuple((min(pair), max(pair)) for pair in requests),
-        num_heads=num_kv_heads * draw(st.integers(1, 4)),
+        num_heads=num_kv_heads * draw(st.integers(1, 7)),
         num_kv_heads=num_kv_heads,
+        head_size=draw(st.sampled_from([32, 48, 80])),
         block_size=draw(st.sampled_from([16, 32, 64])),
         group_size=draw(st.integers(1, 40)),
         neighbor_window=draw(st.integers(1, 100)),
@@ -101,8 +109,102 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(cases())
-def test_random_cases(case: Case) -> None:
+def test_random_cases_of_the_reference(case: Case) -> None:
     check("reference", case, torch.float32, torch.float64)
+
+
+@settings(max_examples=2000, deadline=None, derandomize=True)
+@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_random_cases(case: Case, dtype: torch.dtype) -> None:
+    # The reference, proved above, is the faster oracle.
+    problem = Problem.of(case, dtype)
+    wanted = run(reference, problem, torch.float64)
+    for name in cpu.INSTRUCTION_SETS:
+        got = run(KERNELS[name], problem, dtype).double()
+        torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=0.0)
+
+
+@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.uint8, torch.bfloat16], ids=str)
+def test_a_cache_of_another_dtype(name: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    case = Case(BATCHES["mixed"], exact_len=64, kv_scales=(0.5, 0.25) if cache_dtype != torch.bfloat16 else (1.0, 1.0))
+    problem = Problem.of(case, dtype)
+    # Both round keys and values in the same way, but where a rotated key lies on the edge between two fp8 numbers.
+    wanted = run(reference, problem, dtype, cache_dtype).double()
+    got = run(KERNELS[name], problem, dtype, cache_dtype).double()
+    assert ((got - wanted).abs() > TOLERANCE[dtype]).double().mean() < 0.01
+    torch.testing.assert_close(got, wanted, atol=0.06, rtol=0.0)
+    # And fp8 is as close to the truth as three bits of mantissa can be.
+    assert (got - expected(problem)).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_every_number_is_stored_as_torch_rounds_it_and_read_back(name: str, dtype: torch.dtype) -> None:
+    bits = torch.arange(1 << (8 * dtype.itemsize), dtype=torch.int32)
+    numbers = bits.to(torch.uint8).view(dtype) if dtype.itemsize == 1 else bits.to(torch.int16).view(dtype)
+    numbers = numbers.float()[numbers.float().isfinite()]
+    # Each number, what lies halfway to the next, and a little beside it.
+    numbers = numbers.sort().values.unique()
+    halfway = (numbers[1:] + numbers[:-1]) / 2
+    numbers = torch.cat([numbers, halfway, halfway.nextafter(numbers[1:]), halfway.nextafter(numbers[:-1])])
+    numbers = torch.nn.functional.pad(numbers, (0, -len(numbers) % 512)).view(-1, 1, 512)
+    num_tokens = len(numbers)
+    num_blocks = -(-num_tokens // 16)
+    kv_cache = torch.zeros(num_blocks, 1, 16, 1024, dtype=dtype)
+    order = torch.arange(num_tokens)
+    batch = AttentionBatch(
+        query_start_loc=torch.arange(num_tokens + 1).int(),
+        seq_lens=torch.ones(num_tokens).int(),
+        block_table=torch.arange(num_tokens).int()[:, None] // 16,
+        slot_mapping=order,
+        positions=torch.zeros(num_tokens).long(),
+    )
+    KERNELS[name].store_kv(numbers, numbers, kv_cache, batch, AttentionParams(1.0))
+    # A block's interior: keys in panels of 16 keys, then values in panels of 16 dimensions.
+    keys, values = kv_cache.view(torch.uint8).view(num_blocks, -1).view(dtype).float().chunk(2, dim=1)
+    wanted = numbers.clamp(-448.0, 448.0) if dtype == torch.float8_e4m3fn else numbers
+    wanted = wanted.to(dtype).float().view(num_tokens, 512)
+    assert keys.view(num_blocks, 512, 16).transpose(1, 2).reshape(-1, 512)[:num_tokens].equal(wanted)
+    assert values.view(num_blocks, 32, 16, 16).transpose(1, 2).reshape(-1, 512)[:num_tokens].equal(wanted)
+    # A query that sees one key is answered with its value.
+    first = order % 16 == 0
+    query = torch.zeros(int(first.sum()), 1, 512)
+    out = torch.empty_like(query)
+    alone = AttentionBatch(
+        query_start_loc=torch.arange(len(query) + 1).int(),
+        seq_lens=torch.ones(len(query)).int(),
+        block_table=torch.arange(len(query)).int()[:, None],
+        slot_mapping=order[: len(query)],
+        positions=torch.zeros(len(query)).long(),
+    )
+    KERNELS[name].attention(query, kv_cache, alone, AttentionParams(1.0), out)
+    assert out.view(-1, 512).equal(wanted[first])
+
+
+@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_a_repeated_run_repeats_every_bit(name: str, threads: int) -> None:
+    # Long enough to be split over the context, with more threads than cores too.
+    problem = Problem.of(Case(((1, 2900), (1, 40), (3, 1500)), head_size=32, exact_len=64), torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first, *others = [run(KERNELS[name], problem, torch.float32) for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(first.equal(other) for other in others)
+    torch.testing.assert_close(first.double(), run(reference, problem, torch.float64), atol=2e-5, rtol=0.0)
+
+
+def test_nan_reaches_the_output() -> None:
+    problem = Problem.of(Case(((1, 40), (1, 40))), torch.float32)
+    problem.keys[0][3] = float("nan")
+    for name in cpu.INSTRUCTION_SETS:
+        out = run(KERNELS[name], problem, torch.float32)
+        assert out[0].isnan().all()
+        assert not out[1].isnan().any()
 
 
 def test_memory_bound_does_not_change_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,41 +213,69 @@ def test_memory_bound_does_not_change_answers(monkeypatch: pytest.MonkeyPatch) -
         check("reference", Case(batch, exact_len=64), torch.float64)
 
 
-def test_negative_slots_are_not_stored() -> None:
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_negative_slots_are_not_stored(kernels: str) -> None:
     case = Case(((3, 3),))
     key = torch.ones(3, case.num_kv_heads, case.head_size)
     kv_cache = torch.zeros(2, case.num_kv_heads, case.block_size, 2 * case.head_size)
-    batch = _three_tokens(slot_mapping=torch.tensor([16, -1, 17]))
-    reference.store_kv(key, key, kv_cache, batch, case.params())
+    batch = three_tokens(slot_mapping=torch.tensor([16, -1, 17]))
+    KERNELS[kernels].store_kv(key, key, kv_cache, batch, case.params())
     assert kv_cache[0].abs().sum() == 0
-    assert kv_cache[1, :, :2].abs().sum() > 0
-    assert kv_cache[1, :, 2:].abs().sum() == 0
+    # Two tokens' keys and values; a rotated 1 may be 0 by chance, but no more than a few are.
+    assert kv_cache[1].count_nonzero() == pytest.approx(2 * 2 * key[0].numel(), rel=0.05)
 
 
-def test_grouping_without_a_rotation_is_an_error() -> None:
-    key = torch.ones(3, 2, 32)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_grouping_without_a_rotation_is_an_error(kernels: str) -> None:
+    key, batch = torch.ones(3, 2, 32), three_tokens(slot_mapping=torch.arange(3))
     with pytest.raises(ValueError, match=r"group_size is 4.*params\.rotation, which is None"):
-        reference.store_kv(
-            key,
-            key,
-            torch.zeros(2, 2, 16, 64),
-            _three_tokens(slot_mapping=torch.arange(3)),
-            AttentionParams(1.0, group_size=4),
-        )
+        KERNELS[kernels].store_kv(key, key, torch.zeros(2, 2, 16, 64), batch, AttentionParams(1.0, group_size=4))
 
 
-def test_unknown_kernels_are_an_error() -> None:
-    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, reference"):
-        load_kernels("cuda", torch.device("cpu"))
+def three_tokens(**changes: torch.Tensor) -> AttentionBatch:
+    fields = {
+        "query_start_loc": torch.tensor([0, 3]).int(),
+        "seq_lens": torch.tensor([3]).int(),
+        "block_table": torch.tensor([[1]]).int(),
+        "slot_mapping": torch.arange(3),
+        "positions": torch.arange(3),
+    }
+    return AttentionBatch(**{**fields, **changes})
 
 
-def _three_tokens(slot_mapping: torch.Tensor):
-    from vllm_selfextend.backends import AttentionBatch
+ROTATION = Rotation(torch.zeros(100, 32))
+WRONG_ATTENTION = {
+    "block_table names block 2 for request 0; the cache has 2": {"block_table": torch.tensor([[2]]).int()},
+    "request 0 has the queries 0 to 4 of 3": {"query_start_loc": torch.tensor([0, 4]).int()},
+    "and 17 tokens in 1 blocks of 16": {"seq_lens": torch.tensor([17]).int()},
+    "seq_lens must hold 1 contiguous values of Int": {"seq_lens": torch.tensor([3])},
+    "kv_cache must be": {"kv_cache": torch.zeros(2, 2, 16, 48)},
+    "block_size is 24; it must be a multiple of 16": {"kv_cache": torch.zeros(2, 2, 24, 64)},
+    "kv_cache has dtype Double; it must be": {"kv_cache": torch.zeros(2, 2, 16, 64).double()},
+    "query has dtype Double; it must be": {"query": torch.zeros(3, 4, 32).double()},
+    "num_heads is 3; it must be a multiple of num_kv_heads, 2": {"query": torch.zeros(3, 3, 32)},
+    r"cos_sin must be contiguous float32 \[more than 12": {
+        "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(9, 32)))
+    },
+    "sinks must be 4 values": {"params": AttentionParams(1.0, sinks=torch.zeros(3))},
+}
 
-    return AttentionBatch(
-        query_start_loc=torch.tensor([0, 3]),
-        seq_lens=torch.tensor([3]),
-        block_table=torch.tensor([[1]]),
-        slot_mapping=slot_mapping,
-        positions=torch.arange(3),
-    )
+
+@pytest.mark.parametrize("message", WRONG_ATTENTION)
+def test_wrong_arguments_of_attention_are_errors(message: str) -> None:
+    wrong = dict(WRONG_ATTENTION[message])
+    query = wrong.pop("query", torch.zeros(3, 4, 32))
+    kv_cache = wrong.pop("kv_cache", torch.zeros(2, 2, 16, 64))
+    params = wrong.pop("params", AttentionParams(1.0, 4, rotation=ROTATION))
+    with pytest.raises(ValueError, match=message):
+        cpu.attention(query, kv_cache, three_tokens(**wrong), params, torch.zeros_like(query))
+
+
+def test_wrong_arguments_of_store_are_errors() -> None:
+    key, kv_cache, params = torch.zeros(3, 2, 32), torch.zeros(2, 2, 16, 64), AttentionParams(1.0)
+    with pytest.raises(ValueError, match="slot_mapping names slot 32; the cache has 32"):
+        cpu.store_kv(key, key, kv_cache, three_tokens(slot_mapping=torch.tensor([0, 1, 32])), params)
+    with pytest.raises(ValueError, match="positions holds -1"):
+        cpu.store_kv(key, key, kv_cache, three_tokens(positions=torch.tensor([0, -1, 2])), params)
+    with pytest.raises(ValueError, match="instruction_set is 'mmx'; this machine runs"):
+        CPUKernels("mmx").store_kv(key, key, kv_cache, three_tokens(), params)

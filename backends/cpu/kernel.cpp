@@ -1,0 +1,446 @@
+// Attention of one item and storing of one token, for the instruction set that this file is compiled for.
+#include "kernel.h"
+
+#include "product.h"
+#include "vector.h"
+
+namespace {
+
+using selfextend::Cache;
+using selfextend::Item;
+using selfextend::kPanel;
+using selfextend::kTile;
+using selfextend::Layer;
+using selfextend::Rows;
+using selfextend::Type;
+
+constexpr int kWide = kWidePanels * kPanel;  // columns of a step
+constexpr int kStairs = 16;                  // tables of stairs kept
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kMinusInfinity = -__builtin_inff();
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int clamp(int x, int low, int high) { return max(low, min(x, high)); }
+inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// Calls `action` with a tag of the C++ type that `type` names.
+template <class Action>
+inline void with_type(Type type, const Action& action) {
+  switch (type) {
+    case Type::kFloat32:
+      return action(Tag<float>{});
+    case Type::kBFloat16:
+      return action(Tag<BFloat16>{});
+    case Type::kFloat16:
+      return action(Tag<Float16>{});
+    case Type::kFloat8E4M3:
+      return action(Tag<Float8E4M3>{});
+  }
+}
+
+// --- Rotation
+
+// How far a token's group position lags behind its position: d(p) of interface.py.
+inline int lag(int position, int group_size) { return position - position / group_size; }
+
+inline int pair_first(const Layer& layer, int pair) { return layer.interleaved ? 2 * pair : pair; }
+inline int pair_second(const Layer& layer, int pair) {
+  return layer.interleaved ? 2 * pair + 1 : pair + layer.rotary_dim / 2;
+}
+
+// Rotates one head in place by `steps` of either sign.
+inline void rotate(const Layer& layer, int steps, float* head) {
+  const int pairs = layer.rotary_dim / 2;
+  const float* cosine = layer.cos_sin + static_cast<int64_t>(steps < 0 ? -steps : steps) * layer.rotary_dim;
+  const float* sine = cosine + pairs;
+  for (int pair = 0; pair < pairs; ++pair) {
+    float& first = head[pair_first(layer, pair)];
+    float& second = head[pair_second(layer, pair)];
+    const float s = steps < 0 ? -sine[pair] : sine[pair];
+    const float turned = first * cosine[pair] - second * s;
+    second = second * cosine[pair] + first * s;
+    first = turned;
+  }
+}
+
+// Cosines and sines of d(j) - d(p) for the 16 keys j from p = first of a panel, as columns: [rotary_dim][16]. They
+// depend on p modulo the group size alone, so few are needed, and with d(p) they give every key's rotation.
+inline void fill_stairs(const Layer& layer, int first, float* stairs) {
+  for (int column = 0; column < kPanel; ++column) {
+    const int steps = lag(first + column, layer.group_size) - lag(first, layer.group_size);
+    const float* row = layer.cos_sin + static_cast<int64_t>(steps) * layer.rotary_dim;
+    for (int i = 0; i < layer.rotary_dim; ++i) stairs[i * kPanel + column] = row[i];
+  }
+}
+
+// The keys of a panel, the first at position `first`, rotated from their group positions to their positions.
+template <class T>
+inline void rotate_panel(const Layer& layer, int first, const float* stairs, const T* panel, float* rotated) {
+  const int pairs = layer.rotary_dim / 2;
+  const float* cosine = layer.cos_sin + static_cast<int64_t>(lag(first, layer.group_size)) * layer.rotary_dim;
+  const float* sine = cosine + pairs;
+  for (int pair = 0; pair < pairs; ++pair) {
+    const int a = pair_first(layer, pair) * kPanel, b = pair_second(layer, pair) * kPanel;
+    for (int lane = 0; lane < kPanel; lane += kLanes) {
+      const Float stair_cosine = load(stairs + pair * kPanel + lane);
+      const Float stair_sine = load(stairs + (pair + pairs) * kPanel + lane);
+      const Float c = stair_cosine * cosine[pair] - stair_sine * sine[pair];
+      const Float s = stair_sine * cosine[pair] + stair_cosine * sine[pair];
+      const Float x = load(panel + a + lane), y = load(panel + b + lane);
+      store(rotated + a + lane, x * c - y * s);
+      store(rotated + b + lane, y * c + x * s);
+    }
+  }
+  for (int i = layer.rotary_dim * kPanel; i < layer.head_size * kPanel; i += kLanes)
+    store(rotated + i, load(panel + i));
+}
+
+// --- One item
+
+// The working memory of `attend`. Rows are the item's queries: for each token the query heads of the KV head.
+struct Scratch {
+  float* near_query;  // [rows, head_size], scaled
+  float* far_query;   // the same, rotated for grouped keys
+  float* scores;      // [rows, kTile]; then the weights
+  float* far_scores;  // [rows, kWide]: of rows that have neighbors and grouped keys in one step
+  float* panels;      // [kWidePanels, head_size or kTile, 16]: a step's right factor in float32
+  float* stairs;      // [kStairs, rotary_dim, 16]: of the last phases met
+  int stair_phase[kStairs];
+  float* rest;  // [rows, head_size + 2]: a result that is whole
+
+  Scratch(const Layer& layer, int rows, float* memory) {
+    const auto take = [&memory](int64_t size) {
+      float* taken = memory;
+      memory += size;
+      return taken;
+    };
+    near_query = take(static_cast<int64_t>(rows) * layer.head_size);
+    far_query = take(static_cast<int64_t>(rows) * layer.head_size);
+    scores = take(static_cast<int64_t>(rows) * kTile);
+    far_scores = take(static_cast<int64_t>(rows) * kWide);
+    panels = take(static_cast<int64_t>(kWide) * max(layer.head_size, kTile));
+    stairs = take(static_cast<int64_t>(kStairs) * layer.rotary_dim * kPanel);
+    for (int& phase : stair_phase) phase = -1;
+    rest = memory;
+  }
+
+  const float* stairs_of(const Layer& layer, int first) {
+    const int phase = first % layer.group_size;
+    const int place = (phase / kStairs ^ phase) % kStairs;
+    float* found = stairs + static_cast<int64_t>(place) * layer.rotary_dim * kPanel;
+    if (stair_phase[place] != phase) fill_stairs(layer, first, found);
+    stair_phase[place] = phase;
+    return found;
+  }
+};
+
+// The unfinished result of an item: sum over keys of weight * value, the largest score, and the sum of weights.
+struct Partial {
+  float* output;   // [rows, head_size]
+  float* largest;  // [rows]
+  float* total;    // [rows]
+
+  Partial(const Layer& layer, int rows, float* memory)
+      : output(memory), largest(memory + static_cast<int64_t>(rows) * layer.head_size), total(largest + rows) {}
+};
+
+inline int heads_per_kv_head(const Layer& layer) { return layer.num_heads / layer.num_kv_heads; }
+
+inline void load_queries(const Layer& layer, const Rows& query, const Item& item, Scratch& scratch) {
+  const int heads = heads_per_kv_head(layer), size = layer.head_size;
+  const bool extends = layer.group_size > 1;
+  const int window = layer.neighbor_window;
+  with_type(query.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int row = 0; row < item.num_tokens * heads; ++row) {
+      const int position = item.first_position + row / heads;
+      float factor = layer.scale * layer.k_scale * (layer.soft_cap == 0.0f ? kLog2E : 1.0f);
+      if (layer.log_scale != 0.0f) {
+        const double log_scale = __builtin_log(position + 1.0) * layer.log_scale;
+        if (log_scale > 1.0) factor = static_cast<float>(factor * log_scale);
+      }
+      const int head = item.kv_head * heads + row % heads;
+      const auto* from = reinterpret_cast<const T*>(query.data) +
+                         (item.first_token + row / heads) * query.token_stride + head * query.head_stride;
+      float* far = scratch.far_query + static_cast<int64_t>(row) * size;
+      for (int i = 0; i < size; i += kLanes) store(far + i, load(from + i) * factor);
+      if (!extends) continue;
+      __builtin_memcpy(scratch.near_query + static_cast<int64_t>(row) * size, far, size * sizeof(float));
+      rotate(layer, window - window / layer.group_size - lag(position, layer.group_size), far);
+    }
+  });
+}
+
+// Applies soft cap, mask and softmax to a row of scores: keys begin .. end - 1 of the tile's `count` are seen.
+// Turns scores into weights and returns what the row's earlier output and total must be multiplied by.
+inline float soften(const Layer& layer, float* scores, int begin, int end, int count, float& row_largest,
+                    float& total) {
+  const int last = round_up(end, kLanes);
+  if (layer.soft_cap != 0.0f) {
+    for (int i = 0; i < last; i += kLanes) {
+      // tanh(x) = sign(x) * (1 - e^-2|x|) / (1 + e^-2|x|)
+      const Float x = load(scores + i) * (1.0f / layer.soft_cap);
+      const Bits sign = bit_cast<Bits>(x) & 0x80000000u;
+      const Float power = exp2(bit_cast<Float>(bit_cast<Bits>(x) | 0x80000000u) * (2.0f * kLog2E));
+      const Float tanh = (1.0f - power) / (1.0f + power);
+      store(scores + i, bit_cast<Float>(bit_cast<Bits>(tanh) | sign) * (layer.soft_cap * kLog2E));
+    }
+  }
+  for (int i = 0; i < begin; ++i) scores[i] = kMinusInfinity;
+  for (int i = end; i < last; ++i) scores[i] = kMinusInfinity;
+  Float running = load(scores);
+  for (int i = kLanes; i < last; i += kLanes) running = ::max(running, load(scores + i));
+  const float new_largest = largest(running) > row_largest ? largest(running) : row_largest;
+  Float sums{};
+  for (int i = 0; i < last; i += kLanes) {
+    const Float weights = exp2(load(scores + i) - new_largest);
+    sums += weights;
+    store(scores + i, weights);
+  }
+  for (int i = last; i < count; ++i) scores[i] = 0.0f;
+  const float decay = row_largest == kMinusInfinity ? 0.0f : exp2(splat(row_largest - new_largest))[0];
+  row_largest = new_largest;
+  total = total * decay + sum(sums);
+  return decay;
+}
+
+template <class T>
+inline void attend_typed(const Layer& layer, const Cache& cache, const Item& item, Scratch& scratch, Partial& result) {
+  const int heads = heads_per_kv_head(layer), size = layer.head_size, block_size = layer.block_size;
+  const int rows = item.num_tokens * heads;
+  // Converting a panel costs less than converting it again for every few rows.
+  const bool unpack = sizeof(T) != sizeof(float) && rows > 2 * kMaxRows;
+  const auto block = [&](int position) {
+    return reinterpret_cast<const T*>(cache.data) + item.blocks[position / block_size] * cache.block_stride +
+           item.kv_head * cache.head_stride;
+  };
+  // The first row at `position` or later.
+  const auto row_of = [&](int position) { return clamp(position - item.first_position, 0, item.num_tokens) * heads; };
+
+  for (int row = 0; row < rows; ++row) {
+    result.largest[row] = kMinusInfinity;
+    result.total[row] = 0.0f;
+  }
+  for (int64_t i = 0; i < static_cast<int64_t>(rows) * size; ++i) result.output[i] = 0.0f;
+
+  for (int tile = item.key_begin; tile < item.key_end; tile += kTile) {
+    const int tile_end = min(tile + kTile, item.key_end), count = tile_end - tile;
+
+    for (int step = tile; step < tile_end; step += kWide) {
+      const int panels = min(kWidePanels, (tile_end - step + kPanel - 1) / kPanel);
+      const int step_end = min(step + kWide, tile_end);
+      // Rows before `seen` see none of the step's keys; to rows before `near_end` some are neighbors, and to those from
+      // `far_begin` on some are not.
+      const int seen = row_of(step);
+      int near_end = 0, far_begin = 0;
+      if (layer.group_size > 1) {
+        near_end = row_of(max(layer.exact_len, step_end - 1 + layer.neighbor_window));
+        far_begin = row_of(max(layer.exact_len, step + layer.neighbor_window));
+      }
+      far_begin = max(far_begin, seen);
+      const int only_far = max(near_end, seen);
+      float* scores = scratch.scores + (step - tile);
+
+      const T* stored[kWidePanels];
+      for (int i = 0; i < panels; ++i) {
+        const int first = step + i * kPanel;
+        stored[i] = block(first) + static_cast<int64_t>(first % block_size) * size;
+      }
+      const float* floats[kWidePanels];
+      for (int i = 0; i < panels; ++i) floats[i] = scratch.panels + static_cast<int64_t>(i) * size * kPanel;
+
+      if (seen < near_end) {
+        for (int i = 0; i < panels; ++i) {
+          const int first = step + i * kPanel;
+          rotate_panel(layer, first, scratch.stairs_of(layer, first), stored[i], const_cast<float*>(floats[i]));
+        }
+        product<false>(scratch.near_query + static_cast<int64_t>(seen) * size, size, near_end - seen, floats, panels,
+                       size, scores + static_cast<int64_t>(seen) * kTile, kTile);
+      }
+      const auto far_scores = [&](const auto* const* keys) {
+        product<false>(scratch.far_query + static_cast<int64_t>(far_begin) * size, size, only_far - far_begin, keys,
+                       panels, size, scratch.far_scores, kWide);
+        product<false>(scratch.far_query + static_cast<int64_t>(only_far) * size, size, rows - only_far, keys, panels,
+                       size, scores + static_cast<int64_t>(only_far) * kTile, kTile);
+      };
+      if (far_begin < rows) {
+        if (unpack) {
+          for (int i = 0; i < panels; ++i) {
+            for (int k = 0; k < size * kPanel; k += kLanes)
+              store(const_cast<float*>(floats[i]) + k, load(stored[i] + k));
+          }
+          far_scores(floats);
+        } else {
+          far_scores(stored);
+        }
+        for (int row = far_begin; row < only_far; ++row) {
+          const int far = item.first_position + row / heads - layer.neighbor_window + 1 - step;
+          const float* from = scratch.far_scores + static_cast<int64_t>(row - far_begin) * kWide;
+          for (int i = 0; i < min(far, step_end - step); ++i) scores[static_cast<int64_t>(row) * kTile + i] = from[i];
+        }
+      }
+    }
+
+    // Rows that see something of the tile: their positions are at least `tile`, and within the sliding window of its
+    // end.
+    const int first_row = row_of(tile);
+    const int last_row = layer.sliding_window ? row_of(tile_end - 1 + layer.sliding_window) : rows;
+    for (int row = first_row; row < last_row; ++row) {
+      const int position = item.first_position + row / heads;
+      const int begin = layer.sliding_window ? max(0, position - layer.sliding_window + 1 - tile) : 0;
+      const int end = min(count, position - tile + 1);
+      const float decay = soften(layer, scratch.scores + static_cast<int64_t>(row) * kTile, begin, end, count,
+                                 result.largest[row], result.total[row]);
+      if (decay != 1.0f) {
+        float* output = result.output + static_cast<int64_t>(row) * size;
+        for (int i = 0; i < size; i += kLanes) store(output + i, load(output + i) * decay);
+      }
+    }
+    if (first_row >= last_row) continue;
+
+    // Values, a step of the head's dimensions at a time.
+    for (int dim = 0; dim < size; dim += kWide) {
+      const int panels = min(kWidePanels, (size - dim) / kPanel);
+      float* output = result.output + static_cast<int64_t>(first_row) * size + dim;
+      const float* weights = scratch.scores + static_cast<int64_t>(first_row) * kTile;
+      // The tile's values lie in one block, or in several.
+      for (int begin = tile, end; begin < tile_end; begin = end) {
+        end = min(tile_end, (begin / block_size + 1) * block_size);
+        const T* values = block(begin) + static_cast<int64_t>(block_size) * size;
+        const T* stored[kWidePanels];
+        const float* floats[kWidePanels];
+        for (int i = 0; i < panels; ++i) {
+          stored[i] = values + static_cast<int64_t>(dim + i * kPanel) * block_size + begin % block_size * kPanel;
+          floats[i] = scratch.panels + static_cast<int64_t>(i) * kTile * kPanel + (begin - tile) * kPanel;
+          for (int k = 0; unpack && k < (end - begin) * kPanel; k += kLanes) {
+            store(const_cast<float*>(floats[i]) + k, load(stored[i] + k));
+          }
+        }
+        if (unpack) {
+          product<true>(weights + (begin - tile), kTile, last_row - first_row, floats, panels, end - begin, output,
+                        size);
+        } else {
+          product<true>(weights + (begin - tile), kTile, last_row - first_row, stored, panels, end - begin, output,
+                        size);
+        }
+      }
+    }
+  }
+}
+
+// Divides by the sum of weights, the sinks' included, and writes the item's rows of `out`.
+inline void finish(const Layer& layer, const Rows& out, const Item& item, const Partial& result) {
+  const int heads = heads_per_kv_head(layer), size = layer.head_size;
+  with_type(out.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    for (int row = 0; row < item.num_tokens * heads; ++row) {
+      const int head = item.kv_head * heads + row % heads;
+      float factor = 1.0f, total = result.total[row];
+      if (layer.sinks != nullptr) {
+        const float sink = layer.sinks[head] * kLog2E, difference = sink - result.largest[row];
+        if (difference > 0.0f) {
+          factor = exp2(splat(-difference))[0];
+          total = total * factor + 1.0f;
+        } else {
+          total += exp2(splat(difference))[0];
+        }
+      }
+      factor *= layer.v_scale / total;
+      const float* output = result.output + static_cast<int64_t>(row) * size;
+      auto* to =
+          reinterpret_cast<T*>(out.data) + (item.first_token + row / heads) * out.token_stride + head * out.head_stride;
+      for (int i = 0; i < size; ++i) put(to + i, output[i] * factor);
+    }
+  });
+}
+
+// --- The calls
+
+int preferred_rows(int head_size) { return max(kMaxRows, 16384 / head_size); }
+
+int64_t scratch_bytes(const Layer& layer, int rows) {
+  const int64_t a_row = 3 * layer.head_size + kTile + kWide + 2;
+  const int64_t floats = rows * a_row + static_cast<int64_t>(kWide) * max(layer.head_size, kTile) +
+                         static_cast<int64_t>(kStairs) * layer.rotary_dim * kPanel;
+  return floats * static_cast<int64_t>(sizeof(float));
+}
+
+void attend(const Layer& layer, const Cache& cache, const Rows& query, const Rows& out, const Item& item, float* memory,
+            float* partials) {
+  const int rows = item.num_tokens * heads_per_kv_head(layer);
+  Scratch scratch(layer, rows, memory);
+  Partial result(layer, rows, item.partial < 0 ? scratch.rest : partials + item.partial);
+  load_queries(layer, query, item, scratch);
+  with_type(cache.type,
+            [&](auto tag) { attend_typed<typename decltype(tag)::type>(layer, cache, item, scratch, result); });
+  if (item.partial < 0) finish(layer, out, item, result);
+}
+
+void merge(const Layer& layer, const Rows& out, const Item& item, float* partials, int count, int64_t stride) {
+  const int rows = item.num_tokens * heads_per_kv_head(layer), size = layer.head_size;
+  Partial result(layer, rows, partials);
+  for (int i = 1; i < count; ++i) {
+    const Partial other(layer, rows, partials + i * stride);
+    for (int row = 0; row < rows; ++row) {
+      float& mine = result.largest[row];
+      const float theirs = other.largest[row];
+      if (theirs == kMinusInfinity) continue;  // it saw none of these keys
+      const float both = mine > theirs ? mine : theirs;
+      const float my_decay = exp2(splat(mine - both))[0], their_decay = exp2(splat(theirs - both))[0];
+      mine = both;
+      result.total[row] = result.total[row] * my_decay + other.total[row] * their_decay;
+      float* output = result.output + static_cast<int64_t>(row) * size;
+      const float* theirs_output = other.output + static_cast<int64_t>(row) * size;
+      for (int k = 0; k < size; k += kLanes) {
+        store(output + k, load(output + k) * my_decay + load(theirs_output + k) * their_decay);
+      }
+    }
+  }
+  finish(layer, out, item, result);
+}
+
+void store_token(const Layer& layer, const Cache& cache, const Rows& key, const Rows& value, int64_t token,
+                 int position, int64_t slot) {
+  const int size = layer.head_size, block_size = layer.block_size;
+  const int64_t offset = slot % block_size;
+  float head[selfextend::kMaxHeadSize];
+  const auto take = [&](const Rows& rows, int kv_head, float scale) {
+    with_type(rows.type, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* from = reinterpret_cast<const T*>(rows.data) + token * rows.token_stride + kv_head * rows.head_stride;
+      for (int i = 0; i < size; i += kLanes) ::store(head + i, load(from + i) * scale);
+    });
+  };
+  for (int kv_head = 0; kv_head < layer.num_kv_heads; ++kv_head) {
+    const int64_t block = slot / block_size * cache.block_stride + kv_head * cache.head_stride;
+    take(key, kv_head, 1.0f / layer.k_scale);
+    if (layer.group_size > 1) rotate(layer, -lag(position, layer.group_size), head);
+    with_type(cache.type, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      T* to = reinterpret_cast<T*>(cache.data) + block + offset / kPanel * kPanel * size + offset % kPanel;
+      for (int i = 0; i < size; ++i) put(to + i * kPanel, head[i]);
+    });
+    take(value, kv_head, 1.0f / layer.v_scale);
+    with_type(cache.type, [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      T* to = reinterpret_cast<T*>(cache.data) + block + static_cast<int64_t>(block_size) * size + offset * kPanel;
+      for (int i = 0; i < size; ++i)
+        put(to + static_cast<int64_t>(i / kPanel) * block_size * kPanel + i % kPanel, head[i]);
+    });
+  }
+}
+
+}  // namespace
+
+namespace selfextend {
+
+// SELFEXTEND_KERNEL is kPortable, kAvx2 or kAvx512, SELFEXTEND_NAME what users and tests call it.
+const Kernel SELFEXTEND_KERNEL = {SELFEXTEND_NAME, preferred_rows, scratch_bytes, attend, merge, store_token};
+
+}  // namespace selfextend

@@ -1,0 +1,78 @@
+// C = A x B, or C += A x B, with B in panels: the one product that both halves of attention are made of.
+#pragma once
+
+#include "vector.h"
+
+namespace {
+
+// How far ahead of its use the cache is read, in bytes: a panel of it is read once and front to back.
+constexpr int kPrefetchBytes = 2048;
+
+// `rows` rows of A (float32, `a_stride` apart) times `panels` panels of B, `depth` rows each. Everything is unrolled
+// but the loop over the depth, so that the sums stay in registers.
+template <int rows, int panels, bool accumulate, class B>
+inline void product_tile(const float* a, int64_t a_stride, const B* const* b, int depth, float* c, int64_t c_stride) {
+  constexpr int columns = panels * kVectors;
+  Float sums[rows][columns] = {};
+  const B* panel[panels];
+#pragma GCC unroll 4
+  for (int i = 0; i < panels; ++i) panel[i] = b[i];
+  for (int k = 0; k < depth; ++k) {
+    Float right[columns];
+#pragma GCC unroll 4
+    for (int i = 0; i < panels; ++i) {
+      __builtin_prefetch(reinterpret_cast<const char*>(panel[i]) + kPrefetchBytes);
+#pragma GCC unroll 4
+      for (int j = 0; j < kVectors; ++j) right[i * kVectors + j] = load(panel[i] + j * kLanes);
+      panel[i] += selfextend::kPanel;
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row) {
+      const float left = a[row * a_stride + k];
+#pragma GCC unroll 4
+      for (int column = 0; column < columns; ++column) sums[row][column] += right[column] * left;
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+    for (int column = 0; column < columns; ++column) {
+      float* to = c + row * c_stride + column * kLanes;
+      store(to, accumulate ? load(to) + sums[row][column] : sums[row][column]);
+    }
+  }
+}
+
+template <int panels, bool accumulate, class B>
+inline void product(const float* a, int64_t a_stride, int rows, const B* const* b, int depth, float* c,
+                    int64_t c_stride) {
+  for (; rows >= kMaxRows; rows -= kMaxRows, a += kMaxRows * a_stride, c += kMaxRows * c_stride) {
+    product_tile<kMaxRows, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+  }
+  switch (rows) {
+    case 5:
+      return product_tile<5 < kMaxRows ? 5 : 1, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+    case 4:
+      return product_tile<4 < kMaxRows ? 4 : 1, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+    case 3:
+      return product_tile<3 < kMaxRows ? 3 : 1, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+    case 2:
+      return product_tile<2, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+    case 1:
+      return product_tile<1, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+    default:
+      return;
+  }
+}
+
+// The same for `panels` panels, 1 to kWidePanels.
+template <bool accumulate, class B>
+inline void product(const float* a, int64_t a_stride, int rows, const B* const* b, int panels, int depth, float* c,
+                    int64_t c_stride) {
+  if (panels == kWidePanels) return product<kWidePanels, accumulate>(a, a_stride, rows, b, depth, c, c_stride);
+  for (int i = 0; i < panels; ++i) {
+    product<1, accumulate>(a, a_stride, rows, b + i, depth, c + i * selfextend::kPanel, c_stride);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,174 @@
+// Vectors of float32 in the widest form that the file is compiled for, the four storage types, and 2^x.
+// Written with the vector extensions of GCC and Clang: the same code for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "kernel.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kMaxRows = 6, kWidePanels = 4;  // a tile of the product: 24 of 32 registers add up
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kMaxRows = 6, kWidePanels = 1;  // 12 of 16
+#elif defined(__x86_64__)
+constexpr int kLanes = 4;
+constexpr int kMaxRows = 3, kWidePanels = 1;  // 12 of 16
+#else
+constexpr int kLanes = 4;
+constexpr int kMaxRows = 6, kWidePanels = 1;  // 24 of 32
+#endif
+constexpr int kVectors = selfextend::kPanel / kLanes;  // vectors in a row of a panel
+
+typedef float Float __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+
+// The storage types. bfloat16 and float16 differ in meaning only, so each is a struct of its own.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+struct Float8E4M3 {
+  uint8_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class Vector>
+inline Vector load_bits(const void* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof(Vector));
+  return vector;
+}
+
+inline Float load(const float* from) { return load_bits<Float>(from); }
+
+inline void store(float* to, Float vector) { __builtin_memcpy(to, &vector, sizeof(Float)); }
+
+inline Float splat(float x) { return x - Float{}; }
+
+inline Float load(const BFloat16* from) {
+  return bit_cast<Float>(__builtin_convertvector(load_bits<Halves>(from), Bits) << 16);
+}
+
+inline Float load(const Float16* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(load_bits<__m256i>(from));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(load_bits<__m128i>(from));
+#else
+  // The exponent's bias grows by 112; infinities and NaNs keep an exponent of ones.
+  const Bits bits = __builtin_convertvector(load_bits<Halves>(from), Bits);
+  const Float magnitude = bit_cast<Float>((bits & 0x7fff) << 13) * 0x1p112f;
+  const Bits special = bit_cast<Bits>(magnitude >= 65536.0f) & 0x7f800000;
+  return bit_cast<Float>(bit_cast<Bits>(magnitude) | special | (bits & 0x8000) << 16);
+#endif
+}
+
+inline Float load(const Float8E4M3* from) {
+  // As above with a bias that grows by 120; there are no infinities, and all ones is NaN.
+  const Bits bits = __builtin_convertvector(load_bits<Bytes>(from), Bits);
+  const Float magnitude = bit_cast<Float>((bits & 0x7f) << 20) * 0x1p120f;
+  const Bits nan = bit_cast<Bits>((bits & 0x7f) == 0x7f) & 0x7fc00000;
+  return bit_cast<Float>(bit_cast<Bits>(magnitude) | nan | (bits & 0x80) << 24);
+}
+
+// Storage types are written one value at a time, rounded to the nearest, ties to even.
+
+inline void put(float* to, float x) { *to = x; }
+
+inline void put(BFloat16* to, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  to->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void put(Float16* to, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  const float magnitude = bit_cast<float>(bits & 0x7fffffff);
+  uint32_t half;
+  if (magnitude != magnitude) {
+    half = 0x7e00;
+  } else if (magnitude >= 65520.0f) {
+    half = 0x7c00;
+  } else if (magnitude < 0x1p-14f) {
+    half = bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);  // the addition rounds at 2^-24
+  } else {
+    const uint32_t even = bits >> 13 & 1;
+    half = ((bits & 0x7fffffff) - (112u << 23) + 0xfff + even) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(sign | half);
+}
+
+inline void put(Float8E4M3* to, float x) {  // what is larger than 448 becomes 448, as in vLLM's conversion
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t sign = bits >> 24 & 0x80;
+  float magnitude = bit_cast<float>(bits & 0x7fffffff);
+  uint32_t byte;
+  if (magnitude != magnitude) {
+    byte = 0x7f;
+  } else if (magnitude < 0x1p-6f) {
+    byte = bit_cast<uint32_t>(magnitude + 0x1p14f) - bit_cast<uint32_t>(0x1p14f);  // rounds at 2^-9
+  } else {
+    if (magnitude > 448.0f) magnitude = 448.0f;
+    const uint32_t normal = bit_cast<uint32_t>(magnitude);
+    byte = (normal - (120u << 23) + 0x7ffff + (normal >> 20 & 1)) >> 20;
+  }
+  to->bits = static_cast<uint8_t>(sign | byte);
+}
+
+inline Float max(Float a, Float b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline float largest(Float vector) {
+  float largest = vector[0];
+  for (int i = 1; i < kLanes; ++i) largest = vector[i] > largest ? vector[i] : largest;
+  return largest;
+}
+
+inline float sum(Float vector) {
+  float sum = vector[0];
+  for (int i = 1; i < kLanes; ++i) sum += vector[i];
+  return sum;
+}
+
+// 2^x for x <= 0, within 1e-7 of its size; 0 below -126. NaN stays NaN.
+inline Float exp2(Float x) {
+  const Float shifted = x + 0x1.8p23f;  // its lowest bits are x rounded to a whole number
+  const Float fraction = x - (shifted - 0x1.8p23f);
+  // Minimax polynomial of 2^t on [-1/2, 1/2] with value 1 at 0.
+  Float power = 1.326472693e-3f * fraction + 9.671512702e-3f;
+  power = power * fraction + 5.550733745e-2f;
+  power = power * fraction + 2.402224208e-1f;
+  power = power * fraction + 6.931469776e-1f;
+  power = power * fraction + 1.0f;
+  const Bits scaled = bit_cast<Bits>(power) + (bit_cast<Bits>(shifted) << 23);
+  return bit_cast<Float>(scaled & ~bit_cast<Bits>(x < -126.0f));
+}
+
+}  // namespace
