@@ -14,7 +14,7 @@ VLLM = ">=0.32,<0.34"
 CPU = Path("backends/cpu")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 # kernel.cpp is compiled once for each: its name, what it calls itself, the compiler's options. On Arm, NEON is a given.
-INSTRUCTION_SETS = [("portable", "kPortable", [])]
+INSTRUCTION_SETS: list[tuple[str, str, list[str]]] = [("portable", "kPortable", [])]
 if IS_X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]

@@ -4,11 +4,13 @@ The vector code is chosen at run time (AVX-512, AVX2, or a portable one that is 
 interior of a cache block. Importing this raises `ImportError` where the library was not built.
 """
 
+import importlib
+
 import torch
 
 from ..interface import AttentionBatch, AttentionParams
-from . import _kernels  # noqa: F401  (registers the operators)
 
+importlib.import_module("._kernels", __package__)  # registers the operators
 _ops = torch.ops.vllm_selfextend_cpu
 
 INSTRUCTION_SETS: list[str] = _ops.instruction_sets()

@@ -49,23 +49,27 @@ inline void with_type(Type type, const Action& action) {
 // How far a token's group position lags behind its position: d(p) of interface.py.
 inline int lag(int position, int group_size) { return position - position / group_size; }
 
-inline int pair_first(const Layer& layer, int pair) { return layer.interleaved ? 2 * pair : pair; }
-inline int pair_second(const Layer& layer, int pair) {
-  return layer.interleaved ? 2 * pair + 1 : pair + layer.rotary_dim / 2;
+// Rotates pairs of values, `stride` apart in each of the two places.
+template <int stride>
+inline void rotate_pairs(int pairs, const float* cosine, float sign, float* __restrict first,
+                         float* __restrict second) {
+  const float* sine = cosine + pairs;
+  for (int pair = 0; pair < pairs; ++pair) {
+    const float x = first[pair * stride], y = second[pair * stride], c = cosine[pair], s = sign * sine[pair];
+    first[pair * stride] = x * c - y * s;
+    second[pair * stride] = y * c + x * s;
+  }
 }
 
 // Rotates one head in place by `steps` of either sign.
 inline void rotate(const Layer& layer, int steps, float* head) {
   const int pairs = layer.rotary_dim / 2;
+  const float sign = steps < 0 ? -1.0f : 1.0f;
   const float* cosine = layer.cos_sin + static_cast<int64_t>(steps < 0 ? -steps : steps) * layer.rotary_dim;
-  const float* sine = cosine + pairs;
-  for (int pair = 0; pair < pairs; ++pair) {
-    float& first = head[pair_first(layer, pair)];
-    float& second = head[pair_second(layer, pair)];
-    const float s = steps < 0 ? -sine[pair] : sine[pair];
-    const float turned = first * cosine[pair] - second * s;
-    second = second * cosine[pair] + first * s;
-    first = turned;
+  if (layer.interleaved) {
+    rotate_pairs<2>(pairs, cosine, sign, head, head + 1);
+  } else {
+    rotate_pairs<1>(pairs, cosine, sign, head, head + pairs);
   }
 }
 
@@ -80,25 +84,37 @@ inline void fill_stairs(const Layer& layer, int first, float* stairs) {
 }
 
 // The keys of a panel, the first at position `first`, rotated from their group positions to their positions.
+// (Not inlined: within a large function the compiler runs out of registers.)
 template <class T>
-inline void rotate_panel(const Layer& layer, int first, const float* stairs, const T* panel, float* rotated) {
+[[gnu::noinline]] void rotate_panel(const Layer& layer, int first, const float* stairs, const T* panel,
+                                    float* rotated) {
   const int pairs = layer.rotary_dim / 2;
   const float* cosine = layer.cos_sin + static_cast<int64_t>(lag(first, layer.group_size)) * layer.rotary_dim;
-  const float* sine = cosine + pairs;
+  // Rows of the panel: pair n's first row, the step to that of pair n + 1, and from its first row to its second.
+  const int step = layer.interleaved ? 2 * kPanel : kPanel, second = layer.interleaved ? kPanel : pairs * kPanel;
+  const int sines = pairs * kPanel, next = layer.head_size * kPanel;
   for (int pair = 0; pair < pairs; ++pair) {
-    const int a = pair_first(layer, pair) * kPanel, b = pair_second(layer, pair) * kPanel;
+    const float base_cosine = cosine[pair], base_sine = cosine[pairs + pair];
+    __builtin_prefetch(panel + next);
+    __builtin_prefetch(panel + second + next);
+#pragma GCC unroll 4
     for (int lane = 0; lane < kPanel; lane += kLanes) {
-      const Float stair_cosine = load(stairs + pair * kPanel + lane);
-      const Float stair_sine = load(stairs + (pair + pairs) * kPanel + lane);
-      const Float c = stair_cosine * cosine[pair] - stair_sine * sine[pair];
-      const Float s = stair_sine * cosine[pair] + stair_cosine * sine[pair];
-      const Float x = load(panel + a + lane), y = load(panel + b + lane);
-      store(rotated + a + lane, x * c - y * s);
-      store(rotated + b + lane, y * c + x * s);
+      const Float stair_cosine = load(stairs + lane), stair_sine = load(stairs + sines + lane);
+      const Float c = stair_cosine * base_cosine - stair_sine * base_sine;
+      const Float s = stair_sine * base_cosine + stair_cosine * base_sine;
+      const Float x = load(panel + lane), y = load(panel + second + lane);
+      store(rotated + lane, x * c - y * s);
+      store(rotated + second + lane, y * c + x * s);
     }
+    stairs += kPanel;
+    panel += step;
+    rotated += step;
   }
-  for (int i = layer.rotary_dim * kPanel; i < layer.head_size * kPanel; i += kLanes)
-    store(rotated + i, load(panel + i));
+  if (!layer.interleaved) {  // the second rows were passed over
+    panel += second;
+    rotated += second;
+  }
+  for (int i = 0; i < (layer.head_size - 2 * pairs) * kPanel; i += kLanes) store(rotated + i, load(panel + i));
 }
 
 // --- One item
@@ -355,7 +371,7 @@ inline void finish(const Layer& layer, const Rows& out, const Item& item, const 
       const float* output = result.output + static_cast<int64_t>(row) * size;
       auto* to =
           reinterpret_cast<T*>(out.data) + (item.first_token + row / heads) * out.token_stride + head * out.head_stride;
-      for (int i = 0; i < size; ++i) put(to + i, output[i] * factor);
+      for (int i = 0; i < size; i += kLanes) put(to + i, load(output + i) * factor);
     }
   });
 }
@@ -417,23 +433,24 @@ void store_token(const Layer& layer, const Cache& cache, const Rows& key, const 
       for (int i = 0; i < size; i += kLanes) ::store(head + i, load(from + i) * scale);
     });
   };
-  for (int kv_head = 0; kv_head < layer.num_kv_heads; ++kv_head) {
-    const int64_t block = slot / block_size * cache.block_stride + kv_head * cache.head_stride;
-    take(key, kv_head, 1.0f / layer.k_scale);
-    if (layer.group_size > 1) rotate(layer, -lag(position, layer.group_size), head);
-    with_type(cache.type, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      T* to = reinterpret_cast<T*>(cache.data) + block + offset / kPanel * kPanel * size + offset % kPanel;
-      for (int i = 0; i < size; ++i) put(to + i * kPanel, head[i]);
-    });
-    take(value, kv_head, 1.0f / layer.v_scale);
-    with_type(cache.type, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      T* to = reinterpret_cast<T*>(cache.data) + block + static_cast<int64_t>(block_size) * size + offset * kPanel;
-      for (int i = 0; i < size; ++i)
-        put(to + static_cast<int64_t>(i / kPanel) * block_size * kPanel + i % kPanel, head[i]);
-    });
-  }
+  with_type(cache.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T rounded[selfextend::kMaxHeadSize];
+    for (int kv_head = 0; kv_head < layer.num_kv_heads; ++kv_head) {
+      T* block =
+          reinterpret_cast<T*>(cache.data) + slot / block_size * cache.block_stride + kv_head * cache.head_stride;
+      take(key, kv_head, 1.0f / layer.k_scale);
+      if (layer.group_size > 1) rotate(layer, -lag(position, layer.group_size), head);
+      for (int i = 0; i < size; i += kLanes) put(rounded + i, load(head + i));
+      T* column = block + offset / kPanel * kPanel * size + offset % kPanel;
+      for (int i = 0; i < size; ++i) column[i * kPanel] = rounded[i];
+      take(value, kv_head, 1.0f / layer.v_scale);
+      T* row = block + static_cast<int64_t>(block_size) * size + offset * kPanel;
+      for (int i = 0; i < size; i += kLanes) {
+        put(row + static_cast<int64_t>(i / kPanel) * block_size * kPanel + i % kPanel, load(head + i));
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -65,9 +65,28 @@ inline void store(float* to, Float vector) { __builtin_memcpy(to, &vector, sizeo
 
 inline Float splat(float x) { return x - Float{}; }
 
-inline Float load(const BFloat16* from) {
-  return bit_cast<Float>(__builtin_convertvector(load_bits<Halves>(from), Bits) << 16);
+// Unsigned integers of 16 and 8 bits, widened. GCC 12 makes several instructions of __builtin_convertvector.
+inline Bits widen(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Bits>(_mm512_cvtepu16_epi32(load_bits<__m256i>(from)));
+#elif defined(__AVX2__)
+  return bit_cast<Bits>(_mm256_cvtepu16_epi32(load_bits<__m128i>(from)));
+#else
+  return __builtin_convertvector(load_bits<Halves>(from), Bits);
+#endif
 }
+
+inline Bits widen(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Bits>(_mm512_cvtepu8_epi32(load_bits<__m128i>(from)));
+#elif defined(__AVX2__)
+  return bit_cast<Bits>(_mm256_cvtepu8_epi32(_mm_loadu_si64(from)));
+#else
+  return __builtin_convertvector(load_bits<Bytes>(from), Bits);
+#endif
+}
+
+inline Float load(const BFloat16* from) { return bit_cast<Float>(widen(&from->bits) << 16); }
 
 inline Float load(const Float16* from) {
 #if defined(__AVX512F__)
@@ -76,7 +95,7 @@ inline Float load(const Float16* from) {
   return _mm256_cvtph_ps(load_bits<__m128i>(from));
 #else
   // The exponent's bias grows by 112; infinities and NaNs keep an exponent of ones.
-  const Bits bits = __builtin_convertvector(load_bits<Halves>(from), Bits);
+  const Bits bits = widen(&from->bits);
   const Float magnitude = bit_cast<Float>((bits & 0x7fff) << 13) * 0x1p112f;
   const Bits special = bit_cast<Bits>(magnitude >= 65536.0f) & 0x7f800000;
   return bit_cast<Float>(bit_cast<Bits>(magnitude) | special | (bits & 0x8000) << 16);
@@ -85,54 +104,57 @@ inline Float load(const Float16* from) {
 
 inline Float load(const Float8E4M3* from) {
   // As above with a bias that grows by 120; there are no infinities, and all ones is NaN.
-  const Bits bits = __builtin_convertvector(load_bits<Bytes>(from), Bits);
+  const Bits bits = widen(&from->bits);
   const Float magnitude = bit_cast<Float>((bits & 0x7f) << 20) * 0x1p120f;
   const Bits nan = bit_cast<Bits>((bits & 0x7f) == 0x7f) & 0x7fc00000;
   return bit_cast<Float>(bit_cast<Bits>(magnitude) | nan | (bits & 0x80) << 24);
 }
 
-// Storage types are written one value at a time, rounded to the nearest, ties to even.
+// Rounded to the nearest, ties to even.
 
-inline void put(float* to, float x) { *to = x; }
+inline void put(float* to, Float x) { store(to, x); }
 
-inline void put(BFloat16* to, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  to->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+inline void put(BFloat16* to, Float x) {
+  const Bits bits = bit_cast<Bits>(x), nan = bit_cast<Bits>(x != x);
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+  __builtin_memcpy(to, &halves, sizeof(Halves));
 }
 
-inline void put(Float16* to, float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t sign = bits >> 16 & 0x8000;
-  const float magnitude = bit_cast<float>(bits & 0x7fffffff);
-  uint32_t half;
-  if (magnitude != magnitude) {
-    half = 0x7e00;
-  } else if (magnitude >= 65520.0f) {
-    half = 0x7c00;
-  } else if (magnitude < 0x1p-14f) {
-    half = bit_cast<uint32_t>(magnitude + 0.5f) - bit_cast<uint32_t>(0.5f);  // the addition rounds at 2^-24
-  } else {
-    const uint32_t even = bits >> 13 & 1;
-    half = ((bits & 0x7fffffff) - (112u << 23) + 0xfff + even) >> 13;
-  }
-  to->bits = static_cast<uint16_t>(sign | half);
+inline void put(Float16* to, Float x) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  const __m128i halves = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const Bits sign = bit_cast<Bits>(x) >> 16 & 0x8000;
+  const Bits bits = bit_cast<Bits>(x) & 0x7fffffff;
+  const Float magnitude = bit_cast<Float>(bits);
+  const Bits normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13;
+  const Bits subnormal = bit_cast<Bits>(magnitude + 0.5f) - 0x3f000000;  // the addition rounds at 2^-24
+  const Bits is_subnormal = bit_cast<Bits>(magnitude < 0x1p-14f), is_infinite = bit_cast<Bits>(magnitude >= 65520.0f);
+  const Bits is_nan = bit_cast<Bits>(x != x);
+  Bits half = (is_subnormal & subnormal) | (~is_subnormal & normal);
+  half = (~is_infinite & half) | (is_infinite & 0x7c00);
+  half = (~is_nan & half) | (is_nan & 0x7e00);
+  const Halves halves = __builtin_convertvector(half | sign, Halves);
+#endif
+  __builtin_memcpy(to, &halves, sizeof(Halves));
 }
 
-inline void put(Float8E4M3* to, float x) {  // what is larger than 448 becomes 448, as in vLLM's conversion
-  const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t sign = bits >> 24 & 0x80;
-  float magnitude = bit_cast<float>(bits & 0x7fffffff);
-  uint32_t byte;
-  if (magnitude != magnitude) {
-    byte = 0x7f;
-  } else if (magnitude < 0x1p-6f) {
-    byte = bit_cast<uint32_t>(magnitude + 0x1p14f) - bit_cast<uint32_t>(0x1p14f);  // rounds at 2^-9
-  } else {
-    if (magnitude > 448.0f) magnitude = 448.0f;
-    const uint32_t normal = bit_cast<uint32_t>(magnitude);
-    byte = (normal - (120u << 23) + 0x7ffff + (normal >> 20 & 1)) >> 20;
-  }
-  to->bits = static_cast<uint8_t>(sign | byte);
+inline void put(Float8E4M3* to, Float x) {  // what is larger than 448 becomes 448
+  const Bits sign = bit_cast<Bits>(x) >> 24 & 0x80, is_nan = bit_cast<Bits>(x != x);
+  const Bits all = bit_cast<Bits>(x) & 0x7fffffff;
+  const Bits is_large = bit_cast<Bits>(bit_cast<Float>(all) > 448.0f);
+  const Bits bits = (~is_large & all) | (is_large & 0x43e00000);
+  const Float magnitude = bit_cast<Float>(bits);
+  const Bits normal = (bits - (120u << 23) + 0x7ffff + (bits >> 20 & 1)) >> 20;
+  const Bits subnormal = bit_cast<Bits>(magnitude + 0x1p14f) - 0x46800000;  // the addition rounds at 2^-9
+  const Bits is_subnormal = bit_cast<Bits>(magnitude < 0x1p-6f);
+  Bits byte = (is_subnormal & subnormal) | (~is_subnormal & normal);
+  byte = (~is_nan & byte) | (is_nan & 0x7f);
+  const Bytes bytes = __builtin_convertvector(byte | sign, Bytes);
+  __builtin_memcpy(to, &bytes, sizeof(Bytes));
 }
 
 inline Float max(Float a, Float b) {

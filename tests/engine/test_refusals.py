@@ -145,8 +145,8 @@ def test_a_layer_without_a_rotary_module_cannot_serve(checkpoint: Callable, monk
 IN_PROCESS = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
 
 
-def test_an_fp8_cache_is_refused(checkpoint: Callable) -> None:
+def test_an_fp8_e5m2_cache_is_refused(checkpoint: Callable) -> None:
     with pytest.raises(
         ValueError, match=r"Self-Extend \(attention backend CUSTOM\) cannot run.*kv_cache_dtype not supported"
     ):
-        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, kv_cache_dtype="fp8", **IN_PROCESS)
+        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, kv_cache_dtype="fp8_e5m2", **IN_PROCESS)
