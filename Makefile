@@ -1,5 +1,7 @@
 # make demo   see a model trained on 256 tokens find a passkey in 4,000
 # make test   run every test          make lint   run every static check
+# make sanitize   run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make benchmark  time the kernels and the engine against stock vLLM
 # All of them set up .venv first, and are quick the second time.
 
 PYTHON ?= python3
@@ -9,12 +11,14 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: install demo test lint format train clean
+.PHONY: install demo test lint sanitize benchmark format train clean
 .DEFAULT_GOAL := demo
 
 install: .venv/.installed
 
-.venv/.installed: setup.py pyproject.toml packaging/vllm_cpu_name/setup.py
+CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
+
+.venv/.installed: setup.py pyproject.toml packaging/vllm_cpu_name/setup.py $(CXX_SOURCES)
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q "setuptools>=77,<81" wheel
 	$(PIP) install -q $(TORCH) $(TORCH_FROM)
@@ -35,10 +39,26 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+# A second build of the whole package, beside the tests, so that they import that one.
+sanitize: install
+	SELFEXTEND_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	rm -rf build/sanitize/lib/tests && cp -r tests build/sanitize/lib
+	cd build/sanitize/lib && env $(SANITIZERS) ../../../$(BIN)/pytest -c ../../../pyproject.toml --rootdir . tests/kernels \
+		--deselect tests/kernels/test_against_stock.py
+
+SANITIZERS = LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+benchmark: install
+	$(BIN)/python benchmarks/attention.py --suite all --store
+	$(BIN)/python benchmarks/engine.py
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 train: install
 	$(BIN)/python benchmarks/train_demo_model.py

@@ -199,14 +199,8 @@ inline float soften(const Layer& layer, float* scores, int begin, int end, int c
                     float& total) {
   const int last = round_up(end, kLanes);
   if (layer.soft_cap != 0.0f) {
-    for (int i = 0; i < last; i += kLanes) {
-      // tanh(x) = sign(x) * (1 - e^-2|x|) / (1 + e^-2|x|)
-      const Float x = load(scores + i) * (1.0f / layer.soft_cap);
-      const Bits sign = bit_cast<Bits>(x) & 0x80000000u;
-      const Float power = exp2(bit_cast<Float>(bit_cast<Bits>(x) | 0x80000000u) * (2.0f * kLog2E));
-      const Float tanh = (1.0f - power) / (1.0f + power);
-      store(scores + i, bit_cast<Float>(bit_cast<Bits>(tanh) | sign) * (layer.soft_cap * kLog2E));
-    }
+    for (int i = 0; i < last; i += kLanes)
+      store(scores + i, tanh(load(scores + i) * (1.0f / layer.soft_cap)) * (layer.soft_cap * kLog2E));
   }
   for (int i = 0; i < begin; ++i) scores[i] = kMinusInfinity;
   for (int i = end; i < last; ++i) scores[i] = kMinusInfinity;

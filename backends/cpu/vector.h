@@ -179,18 +179,36 @@ inline float sum(Float vector) {
   return sum;
 }
 
+// x = whole + fraction: 2^whole, and 2^fraction - 1 by a minimax polynomial on [-1/2, 1/2].
+struct Power {
+  Float whole, fraction;
+};
+
+inline Power split_power(Float x) {
+  const Float shifted = x + 0x1.8p23f;  // its lowest bits are x rounded to a whole number
+  const Float t = x - (shifted - 0x1.8p23f);
+  Float power = 1.540351254e-4f * t + 1.339073550e-3f;
+  power = power * t + 9.618237495e-3f;
+  power = power * t + 5.550357434e-2f;
+  power = power * t + 2.402264979e-1f;
+  power = power * t + 6.931471879e-1f;
+  return {bit_cast<Float>((bit_cast<Bits>(shifted) << 23) + 0x3f800000), power * t};
+}
+
 // 2^x for x <= 0, within 1e-7 of its size; 0 below -126. NaN stays NaN.
 inline Float exp2(Float x) {
-  const Float shifted = x + 0x1.8p23f;  // its lowest bits are x rounded to a whole number
-  const Float fraction = x - (shifted - 0x1.8p23f);
-  // Minimax polynomial of 2^t on [-1/2, 1/2] with value 1 at 0.
-  Float power = 1.326472693e-3f * fraction + 9.671512702e-3f;
-  power = power * fraction + 5.550733745e-2f;
-  power = power * fraction + 2.402224208e-1f;
-  power = power * fraction + 6.931469776e-1f;
-  power = power * fraction + 1.0f;
-  const Bits scaled = bit_cast<Bits>(power) + (bit_cast<Bits>(shifted) << 23);
-  return bit_cast<Float>(scaled & ~bit_cast<Bits>(x < -126.0f));
+  const Power power = split_power(x);
+  const Float result = power.whole * power.fraction + power.whole;
+  return bit_cast<Float>(bit_cast<Bits>(result) & ~bit_cast<Bits>(x < -126.0f));
+}
+
+inline Float tanh(Float x) {
+  // tanh|x| = -t / (t + 2) with t = e^-2|x| - 1, which a sum with 1 would rob of its digits where x is small.
+  const Float exponent = bit_cast<Float>(bit_cast<Bits>(x) | 0x80000000u) * 2.8853900817779268f;
+  const Power power = split_power(max(exponent, splat(-100.0f)));
+  const Float t = power.whole * power.fraction + (power.whole - 1.0f);
+  const Float magnitude = -t / (t + 2.0f);
+  return bit_cast<Float>(bit_cast<Bits>(magnitude) | (bit_cast<Bits>(x) & 0x80000000u));
 }
 
 }  // namespace
