@@ -199,8 +199,9 @@ inline float soften(const Layer& layer, float* scores, int begin, int end, int c
                     float& total) {
   const int last = round_up(end, kLanes);
   if (layer.soft_cap != 0.0f) {
-    for (int i = 0; i < last; i += kLanes)
+    for (int i = 0; i < last; i += kLanes) {
       store(scores + i, tanh(load(scores + i) * (1.0f / layer.soft_cap)) * (layer.soft_cap * kLog2E));
+    }
   }
   for (int i = 0; i < begin; ++i) scores[i] = kMinusInfinity;
   for (int i = end; i < last; ++i) scores[i] = kMinusInfinity;
@@ -220,129 +221,149 @@ inline float soften(const Layer& layer, float* scores, int begin, int end, int c
   return decay;
 }
 
+// Attention of one item over a cache of `T`: for each tile of keys the scores, their softmax, and the weighted values.
 template <class T>
-inline void attend_typed(const Layer& layer, const Cache& cache, const Item& item, Scratch& scratch, Partial& result) {
-  const int heads = heads_per_kv_head(layer), size = layer.head_size, block_size = layer.block_size;
-  const int rows = item.num_tokens * heads;
-  // Converting a panel costs less than converting it again for every few rows.
-  const bool unpack = sizeof(T) != sizeof(float) && rows > 2 * kMaxRows;
-  const auto block = [&](int position) {
-    return reinterpret_cast<const T*>(cache.data) + item.blocks[position / block_size] * cache.block_stride +
-           item.kv_head * cache.head_stride;
-  };
+class ItemAttention {
+ public:
+  ItemAttention(const Layer& layer, const Cache& cache, const Item& item, Scratch& scratch, Partial& result)
+      : layer_(layer),
+        cache_(cache),
+        item_(item),
+        scratch_(scratch),
+        result_(result),
+        heads_(heads_per_kv_head(layer)),
+        size_(layer.head_size),
+        rows_(item.num_tokens * heads_),
+        unpacks_(sizeof(T) != sizeof(float) && rows_ > 2 * kMaxRows) {}
+
+  void run() {
+    for (int row = 0; row < rows_; ++row) {
+      result_.largest[row] = kMinusInfinity;
+      result_.total[row] = 0.0f;
+    }
+    for (int64_t i = 0; i < at(rows_, size_); ++i) result_.output[i] = 0.0f;
+    for (int tile = item_.key_begin; tile < item_.key_end; tile += kTile) {
+      const int end = min(tile + kTile, item_.key_end);
+      for (int step = tile; step < end; step += kWide)
+        score(step, min(step + kWide, end), scratch_.scores + step - tile);
+      // Rows that see something of the tile.
+      const int first_row = row_of(tile);
+      const int last_row = layer_.sliding_window > 0 ? row_of(end - 1 + layer_.sliding_window) : rows_;
+      if (first_row >= last_row) continue;
+      for (int row = first_row; row < last_row; ++row) weigh(row, tile, end);
+      for (int dim = 0; dim < size_; dim += kWide) add_values(dim, tile, end, first_row, last_row);
+    }
+  }
+
+ private:
+  static int64_t at(int row, int stride) { return static_cast<int64_t>(row) * stride; }
+
+  int position_of(int row) const { return item_.first_position + row / heads_; }
+
   // The first row at `position` or later.
-  const auto row_of = [&](int position) { return clamp(position - item.first_position, 0, item.num_tokens) * heads; };
+  int row_of(int position) const { return clamp(position - item_.first_position, 0, item_.num_tokens) * heads_; }
 
-  for (int row = 0; row < rows; ++row) {
-    result.largest[row] = kMinusInfinity;
-    result.total[row] = 0.0f;
+  // The interior of the block with the key at `position`.
+  const T* block(int position) const {
+    return reinterpret_cast<const T*>(cache_.data) + item_.blocks[position / layer_.block_size] * cache_.block_stride +
+           item_.kv_head * cache_.head_stride;
   }
-  for (int64_t i = 0; i < static_cast<int64_t>(rows) * size; ++i) result.output[i] = 0.0f;
 
-  for (int tile = item.key_begin; tile < item.key_end; tile += kTile) {
-    const int tile_end = min(tile + kTile, item.key_end), count = tile_end - tile;
-
-    for (int step = tile; step < tile_end; step += kWide) {
-      const int panels = min(kWidePanels, (tile_end - step + kPanel - 1) / kPanel);
-      const int step_end = min(step + kWide, tile_end);
-      // Rows before `seen` see none of the step's keys; to rows before `near_end` some are neighbors, and to those from
-      // `far_begin` on some are not.
-      const int seen = row_of(step);
-      int near_end = 0, far_begin = 0;
-      if (layer.group_size > 1) {
-        near_end = row_of(max(layer.exact_len, step_end - 1 + layer.neighbor_window));
-        far_begin = row_of(max(layer.exact_len, step + layer.neighbor_window));
-      }
-      far_begin = max(far_begin, seen);
-      const int only_far = max(near_end, seen);
-      float* scores = scratch.scores + (step - tile);
-
-      const T* stored[kWidePanels];
+  // Scores of the keys begin .. end - 1, at most kWide of them, for the rows that see any of them.
+  void score(int begin, int end, float* scores) {
+    const int panels = (end - begin + kPanel - 1) / kPanel;
+    const T* stored[kWidePanels];
+    float* unpacked[kWidePanels];
+    for (int i = 0; i < panels; ++i) {
+      const int first = begin + i * kPanel;
+      stored[i] = block(first) + at(first % layer_.block_size, size_);
+      unpacked[i] = scratch_.panels + at(i, size_ * kPanel);
+    }
+    // To rows before `near_end` some of the keys are neighbors, to those from `far_begin` on some are not.
+    const int seen = row_of(begin);
+    int near_end = seen, far_begin = seen;
+    if (layer_.group_size > 1) {
+      near_end = max(seen, row_of(max(layer_.exact_len, end - 1 + layer_.neighbor_window)));
+      far_begin = max(seen, row_of(max(layer_.exact_len, begin + layer_.neighbor_window)));
+    }
+    if (seen < near_end) {
       for (int i = 0; i < panels; ++i) {
-        const int first = step + i * kPanel;
-        stored[i] = block(first) + static_cast<int64_t>(first % block_size) * size;
+        const int first = begin + i * kPanel;
+        rotate_panel(layer_, first, scratch_.stairs_of(layer_, first), stored[i], unpacked[i]);
       }
-      const float* floats[kWidePanels];
-      for (int i = 0; i < panels; ++i) floats[i] = scratch.panels + static_cast<int64_t>(i) * size * kPanel;
-
-      if (seen < near_end) {
-        for (int i = 0; i < panels; ++i) {
-          const int first = step + i * kPanel;
-          rotate_panel(layer, first, scratch.stairs_of(layer, first), stored[i], const_cast<float*>(floats[i]));
-        }
-        product<false>(scratch.near_query + static_cast<int64_t>(seen) * size, size, near_end - seen, floats, panels,
-                       size, scores + static_cast<int64_t>(seen) * kTile, kTile);
-      }
-      const auto far_scores = [&](const auto* const* keys) {
-        product<false>(scratch.far_query + static_cast<int64_t>(far_begin) * size, size, only_far - far_begin, keys,
-                       panels, size, scratch.far_scores, kWide);
-        product<false>(scratch.far_query + static_cast<int64_t>(only_far) * size, size, rows - only_far, keys, panels,
-                       size, scores + static_cast<int64_t>(only_far) * kTile, kTile);
-      };
-      if (far_begin < rows) {
-        if (unpack) {
-          for (int i = 0; i < panels; ++i) {
-            for (int k = 0; k < size * kPanel; k += kLanes)
-              store(const_cast<float*>(floats[i]) + k, load(stored[i] + k));
-          }
-          far_scores(floats);
-        } else {
-          far_scores(stored);
-        }
-        for (int row = far_begin; row < only_far; ++row) {
-          const int far = item.first_position + row / heads - layer.neighbor_window + 1 - step;
-          const float* from = scratch.far_scores + static_cast<int64_t>(row - far_begin) * kWide;
-          for (int i = 0; i < min(far, step_end - step); ++i) scores[static_cast<int64_t>(row) * kTile + i] = from[i];
-        }
-      }
+      product<false>(scratch_.near_query + at(seen, size_), size_, near_end - seen, unpacked, panels, size_,
+                     scores + at(seen, kTile), kTile);
     }
-
-    // Rows that see something of the tile: their positions are at least `tile`, and within the sliding window of its
-    // end.
-    const int first_row = row_of(tile);
-    const int last_row = layer.sliding_window ? row_of(tile_end - 1 + layer.sliding_window) : rows;
-    for (int row = first_row; row < last_row; ++row) {
-      const int position = item.first_position + row / heads;
-      const int begin = layer.sliding_window ? max(0, position - layer.sliding_window + 1 - tile) : 0;
-      const int end = min(count, position - tile + 1);
-      const float decay = soften(layer, scratch.scores + static_cast<int64_t>(row) * kTile, begin, end, count,
-                                 result.largest[row], result.total[row]);
-      if (decay != 1.0f) {
-        float* output = result.output + static_cast<int64_t>(row) * size;
-        for (int i = 0; i < size; i += kLanes) store(output + i, load(output + i) * decay);
-      }
+    if (far_begin == rows_) return;
+    if (unpacks_) {
+      for (int i = 0; i < panels; ++i) unpack(stored[i], size_ * kPanel, unpacked[i]);
+      score_far(unpacked, panels, far_begin, near_end, scores);
+    } else {
+      score_far(stored, panels, far_begin, near_end, scores);
     }
-    if (first_row >= last_row) continue;
+    // Rows with both kinds take the far keys' scores from the far ones.
+    for (int row = far_begin; row < near_end; ++row) {
+      const int count = min(position_of(row) - layer_.neighbor_window + 1, end) - begin;
+      for (int i = 0; i < count; ++i) scores[at(row, kTile) + i] = scratch_.far_scores[at(row - far_begin, kWide) + i];
+    }
+  }
 
-    // Values, a step of the head's dimensions at a time.
-    for (int dim = 0; dim < size; dim += kWide) {
-      const int panels = min(kWidePanels, (size - dim) / kPanel);
-      float* output = result.output + static_cast<int64_t>(first_row) * size + dim;
-      const float* weights = scratch.scores + static_cast<int64_t>(first_row) * kTile;
-      // The tile's values lie in one block, or in several.
-      for (int begin = tile, end; begin < tile_end; begin = end) {
-        end = min(tile_end, (begin / block_size + 1) * block_size);
-        const T* values = block(begin) + static_cast<int64_t>(block_size) * size;
-        const T* stored[kWidePanels];
-        const float* floats[kWidePanels];
-        for (int i = 0; i < panels; ++i) {
-          stored[i] = values + static_cast<int64_t>(dim + i * kPanel) * block_size + begin % block_size * kPanel;
-          floats[i] = scratch.panels + static_cast<int64_t>(i) * kTile * kPanel + (begin - tile) * kPanel;
-          for (int k = 0; unpack && k < (end - begin) * kPanel; k += kLanes) {
-            store(const_cast<float*>(floats[i]) + k, load(stored[i] + k));
-          }
-        }
-        if (unpack) {
-          product<true>(weights + (begin - tile), kTile, last_row - first_row, floats, panels, end - begin, output,
-                        size);
-        } else {
-          product<true>(weights + (begin - tile), kTile, last_row - first_row, stored, panels, end - begin, output,
-                        size);
-        }
+  // Far scores: of the rows before `near_end`, which have near ones too, beside those; of the others in place.
+  template <class B>
+  void score_far(const B* const* keys, int panels, int far_begin, int near_end, float* scores) {
+    product<false>(scratch_.far_query + at(far_begin, size_), size_, near_end - far_begin, keys, panels, size_,
+                   scratch_.far_scores, kWide);
+    product<false>(scratch_.far_query + at(near_end, size_), size_, rows_ - near_end, keys, panels, size_,
+                   scores + at(near_end, kTile), kTile);
+  }
+
+  // A row's softmax over the tile begin .. end - 1; what the row has so far shrinks to the new largest score.
+  void weigh(int row, int begin, int end) {
+    const int position = position_of(row);
+    const int first = layer_.sliding_window > 0 ? max(0, position - layer_.sliding_window + 1 - begin) : 0;
+    const int last = min(end, position + 1) - begin;
+    const float decay = soften(layer_, scratch_.scores + at(row, kTile), first, last, end - begin, result_.largest[row],
+                               result_.total[row]);
+    if (decay == 1.0f) return;
+    float* output = result_.output + at(row, size_);
+    for (int i = 0; i < size_; i += kLanes) store(output + i, load(output + i) * decay);
+  }
+
+  // Adds to the output's dimensions from `dim` on, at most kWide of them, the tile's weighted values.
+  void add_values(int dim, int begin, int end, int first_row, int last_row) {
+    const int panels = min(kWidePanels, (size_ - dim) / kPanel), block_size = layer_.block_size;
+    float* output = result_.output + at(first_row, size_) + dim;
+    for (int key = begin, next; key < end; key = next) {  // the tile lies in one block or in several
+      next = min(end, (key / block_size + 1) * block_size);
+      const float* weights = scratch_.scores + at(first_row, kTile) + (key - begin);
+      const T* values = block(key) + at(block_size, size_) + key % block_size * kPanel;
+      const T* stored[kWidePanels];
+      float* unpacked[kWidePanels];
+      for (int i = 0; i < panels; ++i) {
+        stored[i] = values + at(dim + i * kPanel, block_size);
+        unpacked[i] = scratch_.panels + at(i, kTile * kPanel);
+      }
+      if (unpacks_) {
+        for (int i = 0; i < panels; ++i) unpack(stored[i], (next - key) * kPanel, unpacked[i]);
+        product<true>(weights, kTile, last_row - first_row, unpacked, panels, next - key, output, size_);
+      } else {
+        product<true>(weights, kTile, last_row - first_row, stored, panels, next - key, output, size_);
       }
     }
   }
-}
+
+  static void unpack(const T* stored, int count, float* unpacked) {
+    for (int i = 0; i < count; i += kLanes) store(unpacked + i, load(stored + i));
+  }
+
+  const Layer& layer_;
+  const Cache& cache_;
+  const Item& item_;
+  Scratch& scratch_;
+  Partial& result_;
+  const int heads_, size_, rows_;
+  const bool unpacks_;  // with many rows, converting a panel once costs less than converting it for every few rows
+};
 
 // Divides by the sum of weights, the sinks' included, and writes the item's rows of `out`.
 inline void finish(const Layer& layer, const Rows& out, const Item& item, const Partial& result) {
@@ -388,7 +409,7 @@ void attend(const Layer& layer, const Cache& cache, const Rows& query, const Row
   Partial result(layer, rows, item.partial < 0 ? scratch.rest : partials + item.partial);
   load_queries(layer, query, item, scratch);
   with_type(cache.type,
-            [&](auto tag) { attend_typed<typename decltype(tag)::type>(layer, cache, item, scratch, result); });
+            [&](auto tag) { ItemAttention<typename decltype(tag)::type>(layer, cache, item, scratch, result).run(); });
   if (item.partial < 0) finish(layer, out, item, result);
 }
 

@@ -36,7 +36,7 @@ ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0
 
 
 def stock(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
-    """vLLM's kernel on the problem's last queries, ordinary attention with the case's window, cap and sinks."""
+    """The kernel of vLLM on the problem's last queries, ordinary attention with the case's window, cap and sinks."""
     case, block_size = problem.case, problem.case.block_size
     num_blocks = [-(-seq_len // block_size) for _, seq_len in case.requests]
     block_table = torch.zeros(len(num_blocks), max(num_blocks), dtype=torch.int32)
@@ -61,7 +61,6 @@ def stock(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
     out = torch.empty_like(query)
     query_start_loc = query_lens.cumsum(0).int()
     seq_lens = torch.tensor([seq_len for _, seq_len in case.requests]).int()
-    window = case.sliding_window - 1 if case.sliding_window else -1
     metadata = ops.cpu_attn_get_scheduler_metadata(
         num_reqs=len(seq_lens),
         num_heads=case.num_heads,

@@ -1,0 +1,72 @@
+"""The kernel sets through vLLM: which one runs, that they agree, and the fp8 cache."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.demo.passkey import make_prompt
+
+from .models import VOCAB_SIZE
+
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+NUMBERS = {"group_size": 12, "neighbor_window": 16}
+
+
+def kernel_modules(llm: LLM) -> set[str]:
+    """The modules that compute a model's attention."""
+
+    def names(model: torch.nn.Module) -> set[str]:
+        return {m.impl.kernels.__name__ for m in model.modules() if hasattr(m, "get_attn_backend")}
+
+    return set.union(*llm.apply_model(names))
+
+
+def answers(llm: LLM) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    texts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (3, 17, 48, 49, 130, 290)]
+    outputs = llm.generate([{"prompt_token_ids": text} for text in texts], SAMPLING, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_the_native_kernels_are_the_default_and_agree(checkpoint: Callable, start_engine: Callable) -> None:
+    def start(**settings: Any) -> LLM:
+        config = {"self_extend": {**NUMBERS, **settings}}
+        return start_engine(
+            checkpoint("gemma2"), attention_backend="CUSTOM", max_model_len=320, additional_config=config
+        )
+
+    llm = start()
+    assert kernel_modules(llm) == {"vllm_selfextend.backends.cpu"}
+    native = answers(llm)
+    llm = start(kernel="reference")
+    assert kernel_modules(llm) == {"vllm_selfextend.backends.reference"}
+    assert answers(llm) == native
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_an_fp8_cache_still_finds_the_keys(kernel: str, start_engine: Callable) -> None:
+    rng = random.Random(5)
+    prompts = [make_prompt(1500, 1, depth / 11, rng) for depth in range(12)]
+    settings = {"attention_backend": "CUSTOM", "max_model_len": 1536, "skip_tokenizer_init": False}
+    settings |= {"additional_config": {"self_extend": {"kernel": kernel}}}
+    sampling = SamplingParams(temperature=0.0, max_tokens=5)
+
+    def run(kv_cache_dtype: str) -> tuple[int, int]:
+        llm = start_engine(MODEL_DIR, **settings, kv_cache_dtype=kv_cache_dtype)
+        outputs = llm.generate([prompt.text for prompt in prompts], sampling, use_tqdm=False)
+        found = [
+            output.outputs[0].text.strip() == prompt.answer for output, prompt in zip(outputs, prompts, strict=True)
+        ]
+        return sum(found), llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+
+    found, num_blocks = run("auto")
+    found_fp8, num_blocks_fp8 = run("fp8")
+    # The same memory holds four times as many tokens as in float32. Three bits of mantissa may cost a digit.
+    assert num_blocks_fp8 == pytest.approx(4 * num_blocks, rel=0.01)
+    assert found == len(prompts)
+    assert found_fp8 >= len(prompts) - 3
