@@ -11,13 +11,15 @@ KERNEL_NAMES = ("cpu", "reference")
 KERNELS: dict[str, Kernels] = {"reference": reference}
 """The kernel sets that this installation has, by name."""
 
-_missing: dict[str, str] = {}
+MISSING: dict[str, str] = {}
+"""Those it lacks, and why."""
+
 try:
     from . import cpu
 
     KERNELS["cpu"] = cpu
 except ImportError as error:
-    _missing["cpu"] = str(error)
+    MISSING["cpu"] = str(error)
 
 
 def choose_kernels(name: str, device: torch.device) -> str:
@@ -25,7 +27,7 @@ def choose_kernels(name: str, device: torch.device) -> str:
 
     Raises:
         ValueError: There is no kernel set of that name, or it does not run on `device`.
-        RuntimeError: It was not built when this package was installed.
+        RuntimeError: It was not built when this package was installed, or cannot be loaded.
 
     """
     if name == "auto":
@@ -34,11 +36,11 @@ def choose_kernels(name: str, device: torch.device) -> str:
         raise ValueError(f"kernel is {name!r}; it must be one of {', '.join(['auto', *KERNEL_NAMES])}.")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"kernel is 'cpu', which cannot run on the device {device}; leave it 'auto'.")
-    if name in _missing:
+    if name in MISSING:
         raise RuntimeError(
-            f"kernel is {name!r}, but those kernels were not built when vllm-selfextend was installed "
-            f"({_missing[name]}). Install a C++ compiler and reinstall with pip install --no-build-isolation, or set "
-            "kernel to 'reference'."
+            f"kernel is {name!r}, but those kernels cannot be loaded: {MISSING[name]}. They are built when "
+            "vllm-selfextend is installed with a C++ compiler and pip install --no-build-isolation, against the torch "
+            "that is there; install it again, or set kernel to 'reference'."
         )
     return name
 
@@ -51,6 +53,7 @@ def load_kernels(name: str, device: torch.device) -> Kernels:
 __all__ = [
     "KERNELS",
     "KERNEL_NAMES",
+    "MISSING",
     "AttentionBatch",
     "AttentionParams",
     "Kernels",

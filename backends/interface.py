@@ -89,12 +89,16 @@ class AttentionBatch:
 
 
 class Kernels(Protocol):
-    """The two calls every kernel set offers; a module can be one.
+    """The two calls every kernel set offers, and what they take; a module can be one.
 
     The cache has the queries' dtype, or is float8_e4m3fn (as such, or as the uint8 that vLLM makes of it). It is
     `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block, so what one set
     stored only the same set can read.
     """
+
+    def supports_head_size(self, head_size: int) -> bool:
+        """Whether the calls take heads of this size."""
+        ...
 
     def store_kv(
         self,

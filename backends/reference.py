@@ -15,6 +15,11 @@ MAX_ELEMENTS = 1 << 20
 """How many scores, or gathered cache values, are held at once (a single query's are always)."""
 
 
+def supports_head_size(head_size: int) -> bool:
+    """See `interface.Kernels.supports_head_size`."""
+    return True
+
+
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,

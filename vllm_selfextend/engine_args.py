@@ -20,7 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from .backends import choose_kernels
+from .backends import KERNELS, MISSING, choose_kernels
 from .config import CONFIG_KEY, ExtensionPlan, SelfExtendConfig
 from .support import unsupported_reason
 from .worker import SELF_EXTEND_WORKERS
@@ -135,10 +135,17 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
         )
     device = torch.device(vllm_config.device_config.device)
     kernels = choose_kernels(plan.kernel, device)
+    head_size = vllm_config.model_config.get_head_size()
+    if not KERNELS[kernels].supports_head_size(head_size):
+        raise ValueError(
+            f"Self-Extend cannot serve {vllm_config.model_config.model}: its heads have {head_size} dimensions, which "
+            f"the {kernels} kernels do not take. Setting self_extend.kernel to 'reference' would do, slowly."
+        )
     if device.type == "cpu" and kernels == "reference" and plan.kernel == "auto":
         logger.warning(
-            "The native CPU kernels were not built when vllm-selfextend was installed, so the much slower PyTorch "
-            "kernels serve. Install a C++ compiler and reinstall with pip install --no-build-isolation."
+            "The native CPU kernels cannot be loaded (%s), so the much slower PyTorch kernels serve. They are built "
+            "when vllm-selfextend is installed with a C++ compiler and pip install --no-build-isolation.",
+            MISSING["cpu"],
         )
     else:
         logger.info("Self-Extend's attention runs on the %s kernels.", kernels)

@@ -20,6 +20,11 @@ instruction_set = INSTRUCTION_SETS[0]
 """What runs."""
 
 
+def supports_head_size(head_size: int) -> bool:
+    """See `interface.Kernels.supports_head_size`."""
+    return head_size % 16 == 0 and head_size <= 512
+
+
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_selfextend.backends as backends
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_selfextend import binding, plugin, rotary_modules
+from vllm_selfextend import binding, engine_args, plugin, rotary_modules
 from vllm_selfextend.rotary import inverse_frequencies
 
 from .models import SHAPE
@@ -107,6 +108,22 @@ def test_settings(tmp_path: Path) -> None:
         configure(tmp_path, LLAMA, additional_config={"self_extend": numbers})
 
 
+def test_head_sizes_that_the_kernels_do_not_take(tmp_path: Path) -> None:
+    odd = {**LLAMA, "head_dim": 24}
+    with pytest.raises(ValueError, match="its heads have 24 dimensions, which the cpu kernels do not take"):
+        configure(tmp_path, odd)
+    assert configure(tmp_path, odd, additional_config={"self_extend": {"kernel": "reference"}})
+
+
+def test_slow_kernels_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.delitem(backends.KERNELS, "cpu")
+    monkeypatch.setitem(backends.MISSING, "cpu", "no compiler")
+    configure(tmp_path, LLAMA)
+    assert any("native CPU kernels cannot be loaded (no compiler), so the much slower" in line for line in said)
+
+
 def test_workers_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Self-Extend cannot run in worker class my\.Worker; the supported ones are"):
         configure(tmp_path, LLAMA, worker_cls="my.Worker")
@@ -122,8 +139,6 @@ def test_an_unsupported_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_settings_without_the_backend_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_selfextend import engine_args
-
     said: list[str] = []
     monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
     configure(tmp_path, LLAMA, attention_backend=None, max_model_len=64, additional_config={"self_extend": {}})

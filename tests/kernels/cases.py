@@ -23,6 +23,9 @@ class CPUKernels:
         finally:
             cpu.instruction_set = chosen
 
+    def supports_head_size(self, head_size: int) -> bool:
+        return cpu.supports_head_size(head_size)
+
     def store_kv(self, *arguments: Any) -> None:
         self._call(cpu.store_kv, *arguments)
 

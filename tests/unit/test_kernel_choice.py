@@ -30,7 +30,7 @@ def test_cpu_kernels_on_a_gpu_are_an_error() -> None:
 
 def test_without_a_compiler_at_install_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "KERNELS", {"reference": reference})
-    monkeypatch.setattr(backends, "_missing", {"cpu": "No module named '_kernels'"})
+    monkeypatch.setattr(backends, "MISSING", {"cpu": "No module named '_kernels'"})
     assert choose_kernels("auto", CPU) == "reference"
-    with pytest.raises(RuntimeError, match=r"not built.*No module named '_kernels'.*Install a C\+\+ compiler"):
+    with pytest.raises(RuntimeError, match=r"cannot be loaded: No module named '_kernels'.*with a C\+\+ compiler"):
         choose_kernels("cpu", CPU)
