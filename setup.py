@@ -77,6 +77,7 @@ setup(
         "vllm_selfextend",
         "vllm_selfextend.backends",
         "vllm_selfextend.backends.cpu",
+        "vllm_selfextend.backends.triton",
         "vllm_selfextend.demo",
     ],
     package_dir={"vllm_selfextend": "vllm_selfextend", "vllm_selfextend.backends": "backends"},

@@ -5,7 +5,7 @@ import torch
 from . import reference
 from .interface import AttentionBatch, AttentionParams, Kernels, Rotation
 
-KERNEL_NAMES = ("cpu", "reference")
+KERNEL_NAMES = ("cpu", "triton", "reference")
 """What a user can ask for, besides `"auto"`."""
 
 KERNELS: dict[str, Kernels] = {"reference": reference}
@@ -20,6 +20,18 @@ try:
     KERNELS["cpu"] = cpu
 except ImportError as error:
     MISSING["cpu"] = str(error)
+try:
+    from . import triton
+
+    KERNELS["triton"] = triton
+except ImportError as error:
+    MISSING["triton"] = str(error)
+
+HOW_TO_GET = {  # a sentence without its stop
+    "cpu": "They are built when vllm-selfextend is installed with a C++ compiler and pip install "
+    "--no-build-isolation, against the torch that is there",
+    "triton": "pip install triton",
+}
 
 
 def choose_kernels(name: str, device: torch.device) -> str:
@@ -38,10 +50,11 @@ def choose_kernels(name: str, device: torch.device) -> str:
         raise ValueError(f"kernel is 'cpu', which cannot run on the device {device}; leave it 'auto'.")
     if name in MISSING:
         raise RuntimeError(
-            f"kernel is {name!r}, but those kernels cannot be loaded: {MISSING[name]}. They are built when "
-            "vllm-selfextend is installed with a C++ compiler and pip install --no-build-isolation, against the torch "
-            "that is there; install it again, or set kernel to 'reference'."
+            f"kernel is {name!r}, but those kernels cannot be loaded: {MISSING[name]}. {HOW_TO_GET[name]}; or set "
+            "kernel to 'reference'."
         )
+    if name == "triton" and device.type == "cpu" and not triton.IS_INTERPRETED:
+        raise ValueError("kernel is 'triton', which runs on a CPU under TRITON_INTERPRET=1 only; leave it 'auto'.")
     return name
 
 
@@ -51,6 +64,7 @@ def load_kernels(name: str, device: torch.device) -> Kernels:
 
 
 __all__ = [
+    "HOW_TO_GET",
     "KERNELS",
     "KERNEL_NAMES",
     "MISSING",

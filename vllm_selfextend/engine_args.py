@@ -20,7 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from .backends import KERNELS, MISSING, choose_kernels
+from .backends import HOW_TO_GET, KERNELS, MISSING, choose_kernels
 from .config import CONFIG_KEY, ExtensionPlan, SelfExtendConfig
 from .support import unsupported_reason
 from .worker import SELF_EXTEND_WORKERS
@@ -143,9 +143,9 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
         )
     if device.type == "cpu" and kernels == "reference" and plan.kernel == "auto":
         logger.warning(
-            "The native CPU kernels cannot be loaded (%s), so the much slower PyTorch kernels serve. They are built "
-            "when vllm-selfextend is installed with a C++ compiler and pip install --no-build-isolation.",
+            "The native CPU kernels cannot be loaded (%s), so the much slower PyTorch kernels serve. %s.",
             MISSING["cpu"],
+            HOW_TO_GET["cpu"],
         )
     else:
         logger.info("Self-Extend's attention runs on the %s kernels.", kernels)

@@ -70,3 +70,30 @@ def test_an_fp8_cache_still_finds_the_keys(kernel: str, start_engine: Callable) 
     assert num_blocks_fp8 == pytest.approx(4 * num_blocks, rel=0.01)
     assert found == len(prompts)
     assert found_fp8 >= len(prompts) - 3
+
+
+def test_triton_kernels_agree_in_chunks_batches_and_on_a_prefix_hit(start_engine: Callable) -> None:
+    # The small model's trained length is 256; chunks of 128, so that blocks of it are hit.
+    rng = random.Random(6)
+    prompts = [make_prompt(length, 1, 0.5, rng) for length in (40, 300)]
+    texts = [*(prompt.text for prompt in prompts), prompts[1].text]
+    sampling = SamplingParams(temperature=0.0, max_tokens=5)
+
+    def run(kernel: str) -> list[str]:
+        llm = start_engine(
+            MODEL_DIR,
+            attention_backend="CUSTOM",
+            max_model_len=320,
+            max_num_batched_tokens=128,
+            skip_tokenizer_init=False,
+            additional_config={"self_extend": {"kernel": kernel}},
+        )
+        assert kernel_modules(llm) == {f"vllm_selfextend.backends.{kernel}"}
+        first = llm.generate(texts[:2], sampling, use_tqdm=False)
+        again = llm.generate(texts[2:], sampling, use_tqdm=False)
+        assert again[0].num_cached_tokens > 0
+        return [output.outputs[0].text.strip() for output in first + again]
+
+    native = run("cpu")
+    assert native == [prompts[0].answer, prompts[1].answer, prompts[1].answer]
+    assert run("triton") == native

@@ -19,7 +19,7 @@ def test_names_are_taken_at_their_word() -> None:
 
 
 def test_unknown_kernels_are_an_error() -> None:
-    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, cpu, reference"):
+    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, cpu, triton, reference"):
         choose_kernels("cuda", CPU)
 
 
@@ -34,3 +34,12 @@ def test_without_a_compiler_at_install_pytorch_serves(monkeypatch: pytest.Monkey
     assert choose_kernels("auto", CPU) == "reference"
     with pytest.raises(RuntimeError, match=r"cannot be loaded: No module named '_kernels'.*with a C\+\+ compiler"):
         choose_kernels("cpu", CPU)
+
+
+def test_triton_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_kernels("triton", CUDA) == "triton"
+    monkeypatch.setattr(backends.KERNELS["triton"], "IS_INTERPRETED", False)
+    with pytest.raises(ValueError, match="kernel is 'triton', which runs on a CPU under TRITON_INTERPRET=1 only"):
+        choose_kernels("triton", CPU)
+    monkeypatch.setattr(backends.KERNELS["triton"], "IS_INTERPRETED", True)
+    assert choose_kernels("triton", CPU) == "triton"

@@ -1,0 +1,29 @@
+"""float8_e4m3 in integer arithmetic: GPUs before Ada and Hopper, and Triton's interpreter, cannot convert it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def to_fp8(x):
+    """The bytes of float32 `x`, rounded to the nearest, ties to even; what is larger than 448 becomes 448."""
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), 448.0)
+    rounded = magnitude.to(tl.uint32, bitcast=True)
+    normal = (rounded - (120 << 23) + 0x7FFFF + ((rounded >> 20) & 1)) >> 20
+    # Below 2^-6 numbers are 2^-9 apart: so are float32's from 2^14 on.
+    subnormal = (magnitude + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    byte = tl.where(magnitude < 0.015625, subnormal, normal)
+    byte = tl.where(x == x, byte, 0x7F)
+    return (sign | byte).to(tl.uint8)
+
+
+@triton.jit
+def from_fp8(byte):
+    """The float32 that a byte means."""
+    bits = byte.to(tl.uint32)
+    # The exponent's bias grows by 120.
+    magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
+    return tl.where((bits & 0x80) != 0, -magnitude, magnitude)
