@@ -66,6 +66,17 @@ class AttentionParams:
     k_scale: float = 1.0
     v_scale: float = 1.0
 
+    def required_rotation(self) -> Rotation:
+        """The rotation, for a layer that groups positions.
+
+        Raises:
+            ValueError: It is None.
+
+        """
+        if self.rotation is None:
+            raise ValueError(f"group_size is {self.group_size}, and re-rotating needs params.rotation, which is None.")
+        return self.rotation
+
 
 @dataclass(frozen=True)
 class AttentionBatch:

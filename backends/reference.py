@@ -31,7 +31,7 @@ def store_kv(
     block_size, head_size = kv_cache.shape[2], key.shape[2]
     if params.group_size > 1:
         steps = _lag(batch.positions, params.group_size)
-        key = rotate(key.to(_compute_dtype(key)), -steps[:, None], _rotation(params))
+        key = rotate(key.to(_compute_dtype(key)), -steps[:, None], params.required_rotation())
     stored = batch.slot_mapping >= 0
     slots = batch.slot_mapping[stored]
     block, offset = slots // block_size, slots % block_size
@@ -169,7 +169,7 @@ def _self_extend_scores(
     params: AttentionParams,
 ) -> torch.Tensor:
     """Scores `[requests, num_heads, rows, keys]`, each by its neighbor or its grouped relative position."""
-    group, window, rotation = params.group_size, params.neighbor_window, _rotation(params)
+    group, window, rotation = params.group_size, params.neighbor_window, params.required_rotation()
     exact = query_pos < params.exact_len
     # Keys before this column are no query's neighbors.
     column = 0 if bool(exact.any()) else max(0, int(query_pos.min()) - window + 1 - int(key_pos[0]))
@@ -207,19 +207,13 @@ def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Te
 
 
 def _to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """The bytes of `x` in float8_e4m3fn; what is too large becomes the largest, as in vLLM."""
+    """The bytes of `x` in float8_e4m3fn; what is too large becomes the largest."""
     return x.float().clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _lag(positions: torch.Tensor, group_size: int) -> torch.Tensor:
     """`d(p)`: how far a token's group position lags behind its position."""
     return positions - positions // group_size
-
-
-def _rotation(params: AttentionParams) -> Rotation:
-    if params.rotation is None:
-        raise ValueError(f"group_size is {params.group_size}, and re-rotating needs params.rotation, which is None.")
-    return params.rotation
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:

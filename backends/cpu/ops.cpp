@@ -48,7 +48,7 @@ std::vector<std::string> instruction_sets() {
 
 const Kernel& find_kernel(const std::string& instruction_set) {
   for (const Kernel* kernel : runnable_kernels()) {
-    if (instruction_set.empty() || instruction_set == kernel->name) return *kernel;
+    if (instruction_set == kernel->name) return *kernel;
   }
   TORCH_CHECK_VALUE(false, "instruction_set is '", instruction_set, "'; this machine runs ", instruction_sets());
 }
@@ -101,15 +101,9 @@ const T* integers(const at::Tensor& tensor, const char* name, int64_t size) {
 
 int64_t lag(int64_t position, int64_t group_size) { return position - position / group_size; }
 
-void set_rotation(Layer& layer, const std::optional<at::Tensor>& cos_sin, bool interleaved) {
-  if (!cos_sin.has_value()) return;
-  layer.cos_sin = cos_sin->const_data_ptr<float>();
-  layer.rotary_dim = static_cast<int>(cos_sin->size(1));
-  layer.interleaved = interleaved;
-}
-
-// What both calls check of a layer, `max_position` the largest position they will rotate.
-void check_layer(const Layer& layer, const std::optional<at::Tensor>& cos_sin, int64_t max_position) {
+// Checks what both calls need of a layer, and gives one that groups positions its rotation; `max_position` is the
+// largest position they will rotate.
+void complete_layer(Layer& layer, const std::optional<at::Tensor>& cos_sin, bool interleaved, int64_t max_position) {
   TORCH_CHECK_VALUE(layer.head_size % kPanel == 0 && layer.head_size <= kMaxHeadSize, "head_size is ", layer.head_size,
                     "; it must be a multiple of ", kPanel, " up to ", kMaxHeadSize, ".");
   TORCH_CHECK_VALUE(layer.num_heads % layer.num_kv_heads == 0, "num_heads is ", layer.num_heads,
@@ -120,9 +114,12 @@ void check_layer(const Layer& layer, const std::optional<at::Tensor>& cos_sin, i
   const int64_t needed = std::max<int64_t>({lag(max_position, layer.group_size), lag(kPanel, layer.group_size),
                                             int64_t{layer.neighbor_window} - layer.neighbor_window / layer.group_size});
   TORCH_CHECK_VALUE(cos_sin->scalar_type() == at::kFloat && cos_sin->dim() == 2 && cos_sin->is_contiguous() &&
-                        cos_sin->size(0) > needed && layer.rotary_dim <= layer.head_size && layer.rotary_dim % 2 == 0,
+                        cos_sin->size(0) > needed && cos_sin->size(1) <= layer.head_size && cos_sin->size(1) % 2 == 0,
                     "params.rotation.cos_sin must be contiguous float32 [more than ", needed, ", at most ",
                     layer.head_size, "]; it is ", cos_sin->sizes(), " of ", cos_sin->scalar_type());
+  layer.cos_sin = cos_sin->const_data_ptr<float>();
+  layer.rotary_dim = static_cast<int>(cos_sin->size(1));
+  layer.interleaved = interleaved;
 }
 
 // Memory that a thread keeps from call to call, aligned to a cache line.
@@ -269,8 +266,7 @@ void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Te
   layer.log_scale = log_scale_len > 0 ? static_cast<float>(1.0 / std::log(static_cast<double>(log_scale_len))) : 0.0f;
   layer.k_scale = static_cast<float>(k_scale);
   layer.v_scale = static_cast<float>(v_scale);
-  set_rotation(layer, cos_sin, interleaved);
-  check_layer(layer, cos_sin, std::max<int64_t>(longest - 1, 0));
+  complete_layer(layer, cos_sin, interleaved, std::max<int64_t>(longest - 1, 0));
   if (sinks.has_value()) {
     TORCH_CHECK_VALUE(sinks->scalar_type() == at::kFloat && sinks->is_contiguous() && sinks->numel() == query.size(1),
                       "sinks must be ", query.size(1), " values of float32; they are ", sinks->sizes(), " of ",
@@ -315,8 +311,7 @@ void store_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& 
   layer.group_size = static_cast<int>(group_size);
   layer.k_scale = static_cast<float>(k_scale);
   layer.v_scale = static_cast<float>(v_scale);
-  set_rotation(layer, cos_sin, interleaved);
-  check_layer(layer, cos_sin, last);
+  complete_layer(layer, cos_sin, interleaved, last);
   at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       if (slot[token] < 0) continue;

@@ -6,11 +6,12 @@ device data or waits for it.
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
 
-from ..interface import AttentionBatch, AttentionParams, Rotation
+from ..interface import AttentionBatch, AttentionParams
 from .attention import attention_kernel, merge_kernel
 from .store import store_kernel
 
@@ -23,8 +24,6 @@ PREFILL_ROWS, DECODE_ROWS = 64, 16
 DECODE_SPLITS = 8
 BLOCK_N = 32
 """Keys a tile."""
-
-NO_ROTATION = Rotation(torch.empty(0, 2))
 
 
 def supports_head_size(head_size: int) -> bool:
@@ -41,7 +40,7 @@ def store_kv(
 ) -> None:
     """See `interface.Kernels.store_kv`."""
     num_tokens, num_kv_heads, head_size = key.shape
-    rotation = _rotation(params)
+    cos_sin, grouping = _rotation(params)
     kv_cache, is_fp8 = _as_stored(kv_cache)
     store_kernel[(num_tokens, num_kv_heads)](
         key,
@@ -49,7 +48,7 @@ def store_kv(
         kv_cache,
         batch.positions,
         batch.slot_mapping,
-        rotation.cos_sin,
+        cos_sin,
         *key.stride()[:2],
         *value.stride()[:2],
         *kv_cache.stride()[:3],
@@ -58,9 +57,7 @@ def store_kv(
         BLOCK_SIZE=kv_cache.shape[2],
         HEAD_SIZE=head_size,
         HEAD_SIZE_PADDED=triton.next_power_of_2(head_size),
-        GROUP_SIZE=params.group_size,
-        ROTARY_DIM=rotation.cos_sin.shape[1],
-        INTERLEAVED=rotation.interleaved,
+        **grouping,
         IS_FP8=is_fp8,
     )
 
@@ -76,7 +73,7 @@ def attention(
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, num_reqs = kv_cache.shape[1], batch.seq_lens.shape[0]
     heads = num_heads // num_kv_heads
-    rotation = _rotation(params)
+    cos_sin, grouping = _rotation(params)
     kv_cache, is_fp8 = _as_stored(kv_cache)
     # Only shapes are looked at, so that a captured graph can be replayed with other lengths. As many tokens as requests
     # are a decode step, and as many as two a request speculation's: few rows, and so the context is split.
@@ -84,17 +81,18 @@ def attention(
     num_splits = DECODE_SPLITS if is_decode else 1
     block_m = max(DECODE_ROWS if is_decode else PREFILL_ROWS, triton.next_power_of_2(heads))
     tokens = block_m // heads
-    partial_output, partial_largest, partial_total = (
-        torch.empty((num_splits, num_tokens, num_heads, *size), dtype=torch.float32, device=query.device)
-        for size in ((head_size,), (), ())
-    )
+    partial_output = partial_largest = partial_total = None
+    if num_splits > 1:
+        partial_output, partial_largest, partial_total = (
+            torch.empty((num_splits, num_tokens, num_heads, *size), dtype=torch.float32, device=query.device)
+            for size in ((head_size,), (), ())
+        )
     shared = {
         "HAS_SINKS": params.sinks is not None,
         "HEAD_SIZE": head_size,
         "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size),
         "NUM_SPLITS": num_splits,
     }
-    sinks = params.sinks if params.sinks is not None else partial_total
     attention_kernel[(num_tokens // tokens + num_reqs, num_kv_heads, num_splits)](
         query,
         kv_cache,
@@ -105,8 +103,8 @@ def attention(
         batch.query_start_loc,
         batch.seq_lens,
         batch.block_table,
-        rotation.cos_sin,
-        sinks,
+        cos_sin,
+        params.sinks,
         num_reqs,
         num_tokens,
         *query.stride()[:2],
@@ -120,9 +118,7 @@ def attention(
         params.exact_len,
         NEIGHBOR_WINDOW=params.neighbor_window,
         SLIDING_WINDOW=params.sliding_window,
-        GROUP_SIZE=params.group_size,
-        ROTARY_DIM=rotation.cos_sin.shape[1],
-        INTERLEAVED=rotation.interleaved,
+        **grouping,
         HAS_SOFT_CAP=params.soft_cap != 0.0,
         HAS_LOG_SCALE=params.log_scale_len != 0,
         HEADS=heads,
@@ -140,7 +136,7 @@ def attention(
             partial_largest,
             partial_total,
             out,
-            sinks,
+            params.sinks,
             num_tokens,
             *out.stride()[:2],
             params.v_scale,
@@ -148,12 +144,17 @@ def attention(
         )
 
 
-def _rotation(params: AttentionParams) -> Rotation:
+def _rotation(params: AttentionParams) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    """The table of cosines and sines, None where no positions are grouped, and what the kernels are compiled for."""
     if params.group_size == 1:
-        return NO_ROTATION
-    if params.rotation is None:
-        raise ValueError(f"group_size is {params.group_size}, and re-rotating needs params.rotation, which is None.")
-    return params.rotation
+        return None, {"GROUP_SIZE": 1, "ROTARY_DIM": 0, "INTERLEAVED": False}
+    rotation = params.required_rotation()
+    size = rotation.cos_sin.shape[1]
+    return rotation.cos_sin, {
+        "GROUP_SIZE": params.group_size,
+        "ROTARY_DIM": size,
+        "INTERLEAVED": rotation.interleaved,
+    }
 
 
 def _as_stored(kv_cache: torch.Tensor) -> tuple[torch.Tensor, bool]:

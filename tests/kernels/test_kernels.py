@@ -257,6 +257,7 @@ WRONG_ATTENTION = {
     r"cos_sin must be contiguous float32 \[more than 12": {
         "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(9, 32)))
     },
+    "it is .100, 32. of Double": {"params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(100, 32).double()))},
     "sinks must be 4 values": {"params": AttentionParams(1.0, sinks=torch.zeros(3))},
 }
 
