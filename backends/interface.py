@@ -13,6 +13,7 @@ rotated at their true positions: `q = R(i) q0`, `k = R(j) k0`. Rotations add, so
     neighbor score          q . (R(d(j)) k')
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,7 +89,10 @@ class AttentionBatch:
         seq_lens: `[num_reqs]`, int32: tokens of the request in the cache, the new ones included.
         block_table: `[num_reqs, max_blocks]`, int32: the cache block of each `block_size` positions.
         slot_mapping: `[num_tokens]`, int64: `block * block_size + offset` of each new token; negative: not stored.
-        positions: `[num_tokens]`, int64: the position of each new token in its request.
+        max_query_len: At least the largest number of new tokens that a request has; what is launched on a GPU depends on
+            it.
+        workspace: `[Kernels.workspace_size]`, float32, or None: room for what a call works out on its way, allocated in
+            the call where it is not given.
 
     """
 
@@ -96,11 +100,21 @@ class AttentionBatch:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
-    positions: torch.Tensor
+    max_query_len: int
+    workspace: torch.Tensor | None = None
+
+    @functools.cached_property
+    def positions(self) -> torch.Tensor:
+        """`[num_tokens]`, int64: the position of each new token in its request. On a GPU this waits for the device."""
+        query_lens = self.query_start_loc.diff().long()
+        # A token's position is its index in the step, moved by what its request has before the step's first token.
+        moved = self.seq_lens - query_lens - self.query_start_loc[:-1]
+        moved = torch.repeat_interleave(moved, query_lens)
+        return torch.arange(len(moved), device=moved.device) + moved
 
 
 class Kernels(Protocol):
-    """The two calls every kernel set offers, and what they take; a module can be one.
+    """The two calls every kernel set offers, what they take, and what they need; a module can be one.
 
     The cache has the queries' dtype, or is float8_e4m3fn (as such, or as the uint8 that vLLM makes of it). It is
     `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block, so what one set
@@ -109,6 +123,10 @@ class Kernels(Protocol):
 
     def supports_head_size(self, head_size: int) -> bool:
         """Whether the calls take heads of this size."""
+        ...
+
+    def workspace_size(self, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
+        """How many float32 numbers of `AttentionBatch.workspace` any call of such a layer needs."""
         ...
 
     def store_kv(

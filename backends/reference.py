@@ -20,6 +20,11 @@ def supports_head_size(head_size: int) -> bool:
     return True
 
 
+def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
+    """See `interface.Kernels.workspace_size`."""
+    return 0
+
+
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,

@@ -164,12 +164,12 @@ class Case:
             seq_lens=torch.full((num_reqs,), self.load.context, dtype=torch.int32),
             block_table=block_table,
             slot_mapping=slots.flatten(),
-            positions=positions.repeat(num_reqs),
+            max_query_len=query_len,
         )
 
     def draw(self, step: AttentionBatch, num_heads: int) -> torch.Tensor:
         """Random queries, keys or values of a step's new tokens."""
-        return torch.randn(len(step.positions), num_heads, self.heads.head_size, dtype=self.dtype)
+        return torch.randn(len(step.slot_mapping), num_heads, self.heads.head_size, dtype=self.dtype)
 
 
 class SelfExtend:

@@ -10,6 +10,7 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadata,
@@ -20,7 +21,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from .backends import AttentionBatch, AttentionParams, Rotation, load_kernels
+from .backends import AttentionBatch, AttentionParams, Rotation, choose_kernels, load_kernels
 from .engine_args import worker_plan
 
 
@@ -67,7 +68,7 @@ class SelfExtendMetadata(AttentionMetadata):
 
     Attributes:
         batch: Their tensors.
-        num_actual_tokens: Tokens of the step, without padding.
+        num_actual_tokens: Tokens of the step; in a CUDA graph the padding that belongs to no request is among them.
 
     """
 
@@ -76,12 +77,31 @@ class SelfExtendMetadata(AttentionMetadata):
 
 
 class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
-    """Turns vLLM's common metadata into the kernels' batch, once a step for all layers."""
+    """Turns vLLM's common metadata into the kernels' batch, once a step for all layers.
+
+    The batch refers to vLLM's persistent buffers and to a workspace of ours and holds nothing of its own, so a captured
+    CUDA graph finds the next step's requests in it, and a draft model's steps need no update.
+    """
+
+    supports_draft_decode_metadata_update = True
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layers = vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in layer_names]
+        size = max(
+            impl.kernels.workspace_size(impl.num_heads, impl.num_kv_heads, impl.head_size, device) for impl in impls
+        )
+        self.workspace = torch.empty(size, dtype=torch.float32, device=device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Any batch can be replayed with the Triton kernels; the others look at their batch."""
+        device = torch.device(vllm_config.device_config.device)
+        is_triton = choose_kernels(worker_plan(vllm_config).kernel, device) == "triton"
+        return AttentionCGSupport.ALWAYS if is_triton else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -89,20 +109,19 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise NotImplementedError("Self-Extend's attention is causal; this model asks for non-causal attention.")
-        query_start_loc = common.query_start_loc
-        query_lens = query_start_loc.diff()
-        # Position of a token = its index in the step, moved by what its request has before the step's first token.
-        moved = common.seq_lens - query_lens - query_start_loc[:-1]
-        offsets = torch.repeat_interleave(moved, query_lens)
-        positions = torch.arange(offsets.shape[0], device=offsets.device) + offsets
+        num_tokens = common.num_actual_tokens
         batch = AttentionBatch(
-            query_start_loc=query_start_loc,
+            query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping[: positions.shape[0]],
-            positions=positions,
+            slot_mapping=common.slot_mapping[:num_tokens],
+            max_query_len=common.max_query_len,
+            workspace=self.workspace,
         )
-        return SelfExtendMetadata(batch, num_actual_tokens=positions.shape[0])
+        return SelfExtendMetadata(batch, num_tokens)
+
+    def update_draft_decode_metadata(self, metadata: SelfExtendMetadata) -> None:
+        """Nothing to do: what the metadata refers to has been updated."""
 
 
 class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):

@@ -1,42 +1,46 @@
-"""Paged attention: the grouped run, then tiles with both kinds of keys, then neighbors; one online softmax."""
+"""Paged attention: the grouped run, then tiles with both kinds of keys, then neighbors; one online softmax.
+
+Prefill has a program for each block of queries and KV head. Decode has several: they share a request's context, and
+`merge_kernel` joins what they found.
+"""
 
 import triton
 import triton.language as tl
 
+from .batch import find_request
 from .fp8 import from_fp8
-from .rotation import rotate
+from .rotation import load_cos_sin, source, turn
 
 
 @triton.jit
-def find_request(query_start_loc, block, num_reqs, TOKENS: tl.constexpr):
-    """The request that a block of queries belongs to.
-
-    Request `r` has the blocks from `query_start_loc[r] // TOKENS + r` on: at least as many as it needs, whatever the
-    lengths, so that the grid is known without looking at them.
-    """
-    low = tl.full([], 0, tl.int32)
-    high = num_reqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_loc + middle) // TOKENS + middle <= block:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@triton.jit
-def multiply(a, b, DTYPE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
-    """`a @ b` in `DTYPE`, summed in float32."""
-    a = a.to(DTYPE)
-    b = b.to(DTYPE)
-    if IS_INTERPRETED:  # the interpreter would multiply bfloat16's bits
+def multiply(a, b, added, IS_INTERPRETED: tl.constexpr):
+    """`a @ b + added`, summed in float32."""
+    if IS_INTERPRETED and a.dtype == tl.bfloat16:  # the interpreter would multiply bfloat16's bits
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, added, input_precision="ieee")
 
 
 @triton.jit
+def tanh(x):
+    """To float32's last digits: near 0 by its series, where the quotient would cancel."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    power = tl.exp2(-2.0 * LOG2_E * tl.abs(x))
+    far = tl.where(x < 0, -1.0, 1.0) * (1.0 - power) / (1.0 + power)
+    square = x * x
+    series = 62.0 / 2835.0 + square * (-1382.0 / 155925.0)
+    series = 1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * series)))
+    return tl.where(square < 0.0625, x * series, far)
+
+
+@triton.jit
+def load_kv(pointers, mask, MASKED: tl.constexpr, DTYPE: tl.constexpr, IS_FP8: tl.constexpr, HAS_FP8: tl.constexpr):
+    """Keys or values, as they lie in the cache, in `DTYPE`; `MASKED` says whether `mask` is more than all true."""
+    x = tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
+    return from_fp8(x, DTYPE, HAS_FP8) if IS_FP8 else x.to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["num_reqs", "decode_len"])
 def attention_kernel(
     query,
     kv_cache,
@@ -50,11 +54,13 @@ def attention_kernel(
     cos_sin,
     sinks,
     num_reqs,
-    num_tokens,
+    decode_len,
     query_token_stride,
     query_head_stride,
+    query_dim_stride,
     out_token_stride,
     out_head_stride,
+    out_dim_stride,
     cache_block_stride,
     cache_head_stride,
     cache_token_stride,
@@ -63,7 +69,7 @@ def attention_kernel(
     log_scale,
     soft_cap,
     v_scale,
-    exact_len,
+    EXACT_LEN: tl.constexpr,
     NEIGHBOR_WINDOW: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -75,147 +81,196 @@ def attention_kernel(
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    REST_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IS_DECODE: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    FAR_N: tl.constexpr,
+    NEAR_N: tl.constexpr,
+    FAR_STAGES: tl.constexpr,
+    NEAR_STAGES: tl.constexpr,
     IS_FP8: tl.constexpr,
+    HAS_FP8: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """One program a block of `TOKENS` queries, KV head and split of the context.
+    """One program a block of `TOKENS` queries, KV head and, in a decode, share of the context.
 
-    Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`.
+    Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`. Requests with at most `decode_len`
+    new tokens are the decode's, the others the prefill's; each launch leaves the other's alone.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
-    # The kinds of key tiles, in the order of their positions.
-    GROUPED: tl.constexpr = 0
-    MIXED: tl.constexpr = 1
-    NEIGHBOR: tl.constexpr = 2
+    DTYPE: tl.constexpr = query.dtype.element_ty
+    half: tl.constexpr = ROTARY_DIM // 2
     kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    request = find_request(query_start_loc, tl.program_id(0), num_reqs, TOKENS)
+    if IS_DECODE:
+        blocks = tl.cdiv(decode_len, TOKENS)
+        request = tl.program_id(0) // blocks
+        first_token = tl.program_id(0) % blocks * TOKENS
+    else:
+        # The last blocks see most and go first.
+        index = tl.num_programs(0) - 1 - tl.program_id(0)
+        request = find_request(query_start_loc, index, num_reqs, TOKENS, EXTRA=1)
+        first_token = (index - (tl.load(query_start_loc + request) // TOKENS + request)) * TOKENS
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
-    first_token = (tl.program_id(0) - (query_start // TOKENS + request)) * TOKENS
-    if first_token < query_len:
+    if (first_token < query_len) & ((query_len <= decode_len) == IS_DECODE):
         seq_len = tl.load(seq_lens + request)
         rows = tl.arange(0, BLOCK_M)
-        dims = tl.arange(0, HEAD_SIZE_PADDED)[None, :]
-        dim_mask = dims < HEAD_SIZE
         row_token = first_token + rows // HEADS
         row_mask = (rows < TOKENS * HEADS) & (row_token < query_len)
         token = (query_start + row_token).to(tl.int64)
         head = kv_head * HEADS + rows % HEADS
         position = seq_len - query_len + row_token
-        mask = row_mask[:, None] & dim_mask
-
-        from_query = query + (token * query_token_stride + head * query_head_stride)[:, None] + dims
-        q = tl.load(from_query, mask=mask, other=0.0).to(tl.float32)
-        factor = tl.full([BLOCK_M], scale, tl.float32)
+        row_scale = tl.full([BLOCK_M], scale, tl.float32)
         if HAS_LOG_SCALE:
-            factor *= tl.maximum(tl.log((position + 1).to(tl.float32)) * log_scale, 1.0)
-        dtype: tl.constexpr = query.dtype.element_ty
-        near_q = (q * factor[:, None]).to(dtype)
-        if GROUP_SIZE > 1:
-            steps = NEIGHBOR_WINDOW - NEIGHBOR_WINDOW // GROUP_SIZE - (position - position // GROUP_SIZE)
-            row_cos_sin = cos_sin + (tl.abs(steps) * ROTARY_DIM)[:, None]
-            sign = tl.where(steps < 0, -1.0, 1.0)[:, None]
-            q = rotate(q, from_query, mask, dims, row_cos_sin, sign, ROTARY_DIM, INTERLEAVED, False)
-        far_q = (q * factor[:, None]).to(dtype)
+            row_scale *= tl.maximum(tl.log((position + 1).to(tl.float32)) * log_scale, 1.0)
+        if not HAS_SOFT_CAP:
+            row_scale *= LOG2_E
 
-        # Which keys: those that any row sees, of these the split's share, whole tiles.
+        # Which keys: those that any row sees, of these the program's share, whole tiles.
         first_position = seq_len - query_len + first_token
         last_position = tl.minimum(first_position + TOKENS, seq_len) - 1
         begin = 0
         if SLIDING_WINDOW > 0:
-            begin = tl.maximum(first_position - SLIDING_WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-        share = tl.cdiv(tl.cdiv(last_position + 1 - begin, BLOCK_N), NUM_SPLITS) * BLOCK_N
-        begin += split * share
-        end = tl.minimum(begin + share, last_position + 1)
-        # Where grouped-only tiles end and neighbor-only tiles begin.
-        grouped_end = end
-        neighbor_begin = end
+            begin = tl.maximum(first_position - SLIDING_WINDOW + 1, 0) // FAR_N * FAR_N
+        end = last_position + 1
+        if IS_SPLIT:
+            share = tl.cdiv(tl.cdiv(end - begin, FAR_N), tl.num_programs(2)) * FAR_N
+            begin += tl.program_id(2) * share
+            end = tl.minimum(begin + share, end)
+        # Up to `far_end` lie whole tiles that every row sees, and, where positions are grouped, as grouped keys only.
+        # From `near_begin` on, every row has neighbors only.
         if GROUP_SIZE > 1:
-            grouped_end = tl.maximum(first_position - NEIGHBOR_WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-            grouped_end = tl.where(first_position < exact_len, 0, grouped_end)
-            neighbor_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), BLOCK_N) * BLOCK_N
-            neighbor_begin = tl.where(last_position < exact_len, 0, neighbor_begin)
-            grouped_end = tl.minimum(tl.maximum(grouped_end, begin), end)
-            neighbor_begin = tl.minimum(tl.maximum(neighbor_begin, grouped_end), end)
+            far_end = tl.maximum(first_position - NEIGHBOR_WINDOW + 1, 0) // FAR_N * FAR_N
+            near_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), FAR_N) * FAR_N
+            if EXACT_LEN > 0:
+                far_end = tl.where(first_position < EXACT_LEN, 0, far_end)
+                near_begin = tl.where(last_position < EXACT_LEN, 0, near_begin)
+        else:
+            far_end = (first_position + 1) // FAR_N * FAR_N
+            near_begin = far_end
+        far_end = tl.minimum(tl.maximum(far_end, begin), end)
+        near_begin = tl.minimum(tl.maximum(near_begin, far_end), end)
+
+        dims = tl.arange(0, HEAD_SIZE_PADDED)[None, :]
+        dim_mask = dims < HEAD_SIZE
+        pairs = tl.arange(0, HALF_PADDED)[None, :]
+        pair_mask = pairs < half
+        rests = tl.arange(0, REST_PADDED)[None, :] + ROTARY_DIM
+        rest_mask = rests < HEAD_SIZE
+        # Queries in the cache's order of dimensions: the first ones of each pair, the second ones, those not rotated.
+        from_query = query + (token * query_token_stride + head * query_head_stride)[:, None]
+        if ROTARY_DIM > 0:
+            first_dims = source(pairs, ROTARY_DIM, INTERLEAVED) * query_dim_stride
+            second_dims = source(pairs + half, ROTARY_DIM, INTERLEAVED) * query_dim_stride
+            query_mask = row_mask[:, None] & pair_mask
+            q_first = tl.load(from_query + first_dims, mask=query_mask, other=0.0).to(tl.float32)
+            q_second = tl.load(from_query + second_dims, mask=query_mask, other=0.0).to(tl.float32)
+            steps = NEIGHBOR_WINDOW - NEIGHBOR_WINDOW // GROUP_SIZE - (position - position // GROUP_SIZE)
+            cosine, sine = load_cos_sin(cos_sin, tl.abs(steps), query_mask, pairs, ROTARY_DIM)
+            sine = tl.where(steps < 0, -1.0, 1.0)[:, None] * sine
+            far_first, far_second = turn(q_first, q_second, cosine, sine, DTYPE)
+        if ROTARY_DIM < HEAD_SIZE:
+            q_rest = tl.load(from_query + rests * query_dim_stride, mask=row_mask[:, None] & rest_mask, other=0.0)
 
         output = tl.zeros([BLOCK_M, HEAD_SIZE_PADDED], tl.float32)
         largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         table = block_table + request.to(tl.int64) * table_stride
-        heads = kv_cache + kv_head * cache_head_stride
+        heads = kv_cache + kv_head.to(tl.int64) * cache_head_stride
 
-        for kind in tl.static_range(0, 3 if GROUP_SIZE > 1 else 1):
-            if kind == GROUPED:
+        FAR: tl.constexpr = 0
+        MIXED: tl.constexpr = 1
+        NEAR: tl.constexpr = 2
+        for kind in tl.static_range(0, 3, 1 if GROUP_SIZE > 1 else 2):
+            if kind == FAR:
                 tile_begin = begin
-                tile_end = grouped_end
+                tile_end = far_end
             elif kind == MIXED:
-                tile_begin = grouped_end
-                tile_end = neighbor_begin
+                tile_begin = far_end
+                tile_end = near_begin
             else:
-                tile_begin = neighbor_begin
+                tile_begin = near_begin
                 tile_end = end
-            for tile in range(tile_begin, tile_end, BLOCK_N):
-                keys = tile + tl.arange(0, BLOCK_N)
+            if ROTARY_DIM > 0 and kind == MIXED:
+                # Loaded again, and by another policy, lest the compiler hold the first load's through the long loop.
+                near_first = tl.load(from_query + first_dims, mask=query_mask, other=0.0, eviction_policy="evict_last")
+                near_second = tl.load(
+                    from_query + second_dims, mask=query_mask, other=0.0, eviction_policy="evict_last"
+                )
+            for tile in tl.range(
+                tile_begin,
+                tile_end,
+                FAR_N if kind == FAR else NEAR_N,
+                num_stages=FAR_STAGES if kind == FAR else (NEAR_STAGES if kind == NEAR else 1),
+            ):
+                keys = tile + tl.arange(0, FAR_N if kind == FAR else NEAR_N)
                 key_mask = keys < end
-                block = tl.load(table + keys // BLOCK_SIZE, mask=key_mask, other=0).to(tl.int64)
-                slot = heads + block * cache_block_stride + (keys % BLOCK_SIZE) * cache_token_stride
-                from_cache = slot[:, None] + dims
-                kv_mask = key_mask[:, None] & dim_mask
-                k = tl.load(from_cache, mask=kv_mask, other=0)
-                if IS_FP8:
-                    k = from_fp8(k)
-                distance = position[:, None] - keys[None, :]
-                if kind == NEIGHBOR:
-                    scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                if kind == FAR and SLIDING_WINDOW == 0:
+                    block = tl.load(table + keys // BLOCK_SIZE)
                 else:
-                    scores = multiply(far_q, tl.trans(k), dtype, IS_INTERPRETED)
-                if kind != GROUPED:
-                    lag = keys - keys // GROUP_SIZE
-                    near_k = rotate(
-                        k.to(tl.float32),
-                        from_cache,
-                        kv_mask,
-                        dims,
-                        cos_sin + (lag * ROTARY_DIM)[:, None],
-                        1.0,
-                        ROTARY_DIM,
-                        INTERLEAVED,
-                        IS_FP8,
-                    )
-                    near = multiply(near_q, tl.trans(near_k), dtype, IS_INTERPRETED)
-                    if kind == NEIGHBOR:
-                        scores = near
-                    else:
-                        is_near = (distance < NEIGHBOR_WINDOW) | (position[:, None] < exact_len)
+                    block = tl.load(table + keys // BLOCK_SIZE, mask=key_mask, other=0)
+                slot = heads + block.to(tl.int64) * cache_block_stride + (keys % BLOCK_SIZE) * cache_token_stride
+                slot = slot[:, None]
+                scores = tl.zeros([BLOCK_M, FAR_N if kind == FAR else NEAR_N], tl.float32)
+                if ROTARY_DIM < HEAD_SIZE:
+                    k_rest = load_kv(slot + rests, key_mask[:, None] & rest_mask, kind != FAR or SLIDING_WINDOW > 0 or REST_PADDED != HEAD_SIZE - ROTARY_DIM, DTYPE, IS_FP8, HAS_FP8)
+                    scores = multiply(q_rest, tl.trans(k_rest), scores, IS_INTERPRETED)
+                if ROTARY_DIM > 0:
+                    pairs_mask = key_mask[:, None] & pair_mask
+                    k_first = load_kv(slot + pairs, pairs_mask, kind != FAR or SLIDING_WINDOW > 0 or HALF_PADDED != half, DTYPE, IS_FP8, HAS_FP8)
+                    k_second = load_kv(slot + half + pairs, pairs_mask, kind != FAR or SLIDING_WINDOW > 0 or HALF_PADDED != half, DTYPE, IS_FP8, HAS_FP8)
+                    if kind != FAR:
+                        key_cosine, key_sine = load_cos_sin(cos_sin, keys - keys // GROUP_SIZE, pairs_mask, pairs, ROTARY_DIM)
+                        turned_first, turned_second = turn(k_first.to(tl.float32), k_second.to(tl.float32), key_cosine, key_sine, DTYPE)
+                        near = multiply(near_first, tl.trans(turned_first), scores, IS_INTERPRETED)
+                        near = multiply(near_second, tl.trans(turned_second), near, IS_INTERPRETED)
+                    if kind != NEAR:
+                        scores = multiply(far_first, tl.trans(k_first), scores, IS_INTERPRETED)
+                        scores = multiply(far_second, tl.trans(k_second), scores, IS_INTERPRETED)
+                    if kind == MIXED:
+                        is_near = (position[:, None] - keys[None, :] < NEIGHBOR_WINDOW) | (position[:, None] < EXACT_LEN)
                         scores = tl.where(is_near, near, scores)
+                    elif kind == NEAR:
+                        scores = near
                 if HAS_SOFT_CAP:
-                    # tanh through 2^x, which is exact enough for scores
-                    power = tl.exp2(-2.0 * LOG2_E * tl.abs(scores / soft_cap))
-                    scores = tl.where(scores < 0, -1.0, 1.0) * soft_cap * (1.0 - power) / (1.0 + power)
-                scores *= LOG2_E
-                seen = (distance >= 0) & key_mask[None, :]
-                if SLIDING_WINDOW > 0:
-                    seen &= distance < SLIDING_WINDOW
-                scores = tl.where(seen, scores, float("-inf"))
-                new_largest = tl.maximum(largest, tl.max(scores, 1))
-                # A row that has seen nothing yet has nothing to subtract.
-                base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-                weights = tl.exp2(scores - base[:, None])
+                    scores = tanh(scores * (row_scale / soft_cap)[:, None]) * (soft_cap * LOG2_E)
+                if kind != FAR or SLIDING_WINDOW > 0:
+                    distance = position[:, None] - keys[None, :]
+                    seen = (distance >= 0) & key_mask[None, :]
+                    if SLIDING_WINDOW > 0:
+                        seen &= distance < SLIDING_WINDOW
+                    scores = tl.where(seen, scores, float("-inf"))
+                # Scaled after the sum over dimensions, in the same instruction as the subtraction.
+                if HAS_SOFT_CAP:
+                    new_largest = tl.maximum(largest, tl.max(scores, 1))
+                else:
+                    new_largest = tl.maximum(largest, tl.max(scores, 1) * row_scale)
+                base = new_largest
+                if kind != FAR or SLIDING_WINDOW > 0:  # a row that has seen nothing yet has nothing to subtract
+                    base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+                if HAS_SOFT_CAP:
+                    weights = tl.exp2(scores - base[:, None])
+                else:
+                    weights = tl.exp2(scores * row_scale[:, None] - base[:, None])
                 decay = tl.exp2(largest - base)
                 total = total * decay + tl.sum(weights, 1)
                 largest = new_largest
-                v = tl.load(from_cache + HEAD_SIZE, mask=kv_mask, other=0)
-                if IS_FP8:
-                    v = from_fp8(v)
-                output = output * decay[:, None] + multiply(weights, v, dtype, IS_INTERPRETED)
+                v = load_kv(slot + HEAD_SIZE + dims, key_mask[:, None] & dim_mask, kind != FAR or SLIDING_WINDOW > 0 or HEAD_SIZE_PADDED != HEAD_SIZE, DTYPE, IS_FP8, HAS_FP8)
+                output = multiply(weights.to(DTYPE), v, output * decay[:, None], IS_INTERPRETED)
 
-        if NUM_SPLITS == 1:
+        mask = row_mask[:, None] & dim_mask
+        if IS_SPLIT:
+            program = (tl.program_id(0) * tl.num_programs(1) + kv_head) * tl.num_programs(2) + tl.program_id(2)
+            row = program.to(tl.int64) * BLOCK_M + rows
+            tl.store(partial_largest + row, largest, mask=row_mask)
+            tl.store(partial_total + row, total, mask=row_mask)
+            if begin < end:  # else the total is 0
+                tl.store(partial_output + row[:, None] * HEAD_SIZE + dims, output, mask=mask)
+        else:
             if HAS_SINKS:
                 sink = tl.load(sinks + head, mask=row_mask, other=0.0) * LOG2_E
                 new_largest = tl.maximum(largest, sink)
@@ -223,53 +278,65 @@ def attention_kernel(
                 output = output * decay[:, None]
                 total = total * decay + tl.exp2(sink - new_largest)
             output = output * (v_scale / total)[:, None]
-            to = out + (token * out_token_stride + head * out_head_stride)[:, None] + dims
+            to = out + (token * out_token_stride + head * out_head_stride)[:, None] + dims * out_dim_stride
             tl.store(to, output.to(out.dtype.element_ty), mask=mask)
-        else:
-            row = (split * num_tokens + token) * (tl.num_programs(1) * HEADS) + head
-            tl.store(partial_output + row[:, None] * HEAD_SIZE + dims, output, mask=mask)
-            tl.store(partial_largest + row, largest, mask=row_mask)
-            tl.store(partial_total + row, total, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["decode_len", "num_splits"])
 def merge_kernel(
     partial_output,
     partial_largest,
     partial_total,
     out,
+    query_start_loc,
     sinks,
-    num_tokens,
+    decode_len,
+    num_splits,
     out_token_stride,
     out_head_stride,
+    out_dim_stride,
     v_scale,
     HAS_SINKS: tl.constexpr,
+    HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """Join the splits of one token's head, in the order of their keys."""
+    """Join the shares of one token's head: a program each, `SPLITS` shares at a time, in the order of their keys."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    token = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(decode_len, TOKENS)
+    request = tl.program_id(0) // decode_len
+    request_token = tl.program_id(0) % decode_len
     head = tl.program_id(1)
-    dims = tl.arange(0, HEAD_SIZE_PADDED)
-    mask = dims < HEAD_SIZE
-    output = tl.zeros([HEAD_SIZE_PADDED], tl.float32)
-    largest = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    if HAS_SINKS:
-        largest = tl.load(sinks + head) * LOG2_E
-        total += 1.0
-    for split in range(NUM_SPLITS):
-        row = (split * num_tokens + token) * tl.num_programs(1) + head
-        theirs = tl.load(partial_largest + row)
-        new_largest = tl.maximum(largest, theirs)
-        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        decay = tl.exp2(largest - base)
-        their_decay = tl.exp2(theirs - base)
-        total = total * decay + tl.load(partial_total + row) * their_decay
-        part = tl.load(partial_output + row * HEAD_SIZE + dims, mask=mask, other=0.0)
-        output = output * decay + part * their_decay
-        largest = new_largest
-    to = out + token * out_token_stride + head * out_head_stride + dims
-    tl.store(to, (output * (v_scale / total)).to(out.dtype.element_ty), mask=mask)
+    query_start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - query_start
+    if (request_token < query_len) & (query_len <= decode_len):
+        block = request * blocks + request_token // TOKENS
+        first_row = (block * (tl.num_programs(1) // HEADS) + head // HEADS).to(tl.int64) * num_splits * BLOCK_M
+        first_row += request_token % TOKENS * HEADS + head % HEADS
+        dims = tl.arange(0, HEAD_SIZE_PADDED)
+        output = tl.zeros([HEAD_SIZE_PADDED], tl.float32)
+        largest = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+        if HAS_SINKS:
+            largest = tl.load(sinks + head) * LOG2_E
+            total = tl.full([], 1.0, tl.float32)
+        for first_split in range(0, num_splits, SPLITS):
+            splits = first_split + tl.arange(0, SPLITS)
+            row = first_row + splits * BLOCK_M
+            theirs = tl.load(partial_largest + row, mask=splits < num_splits, other=float("-inf"))
+            their_total = tl.load(partial_total + row, mask=splits < num_splits, other=0.0)
+            new_largest = tl.maximum(largest, tl.max(theirs, 0))
+            base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+            weight = tl.exp2(theirs - base)
+            decay = tl.exp2(largest - base)
+            total = total * decay + tl.sum(their_total * weight, 0)
+            mask = (their_total != 0.0)[:, None] & (dims < HEAD_SIZE)[None, :]
+            parts = tl.load(partial_output + row[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
+            output = output * decay + tl.sum(parts * weight[:, None], 0)
+            largest = new_largest
+        token = (query_start + request_token).to(tl.int64)
+        to = out + token * out_token_stride + head * out_head_stride + dims * out_dim_stride
+        tl.store(to, (output * (v_scale / total)).to(out.dtype.element_ty), mask=dims < HEAD_SIZE)

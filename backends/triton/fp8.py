@@ -1,4 +1,4 @@
-"""float8_e4m3 in integer arithmetic: GPUs before Ada and Hopper, and Triton's interpreter, cannot convert it."""
+"""float8_e4m3 for every GPU: in integer arithmetic where there are no instructions for it."""
 
 import triton
 import triton.language as tl
@@ -20,10 +20,12 @@ def to_fp8(x):
 
 
 @triton.jit
-def from_fp8(byte):
-    """The float32 that a byte means."""
+def from_fp8(byte, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """What the bytes mean, in `DTYPE`; `NATIVE` says whether the GPU has instructions for it (Ada, Hopper and later)."""
+    if NATIVE:
+        return byte.to(tl.float8e4nv, bitcast=True).to(DTYPE)
     bits = byte.to(tl.uint32)
     # The exponent's bias grows by 120.
     magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
     magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
-    return tl.where((bits & 0x80) != 0, -magnitude, magnitude)
+    return tl.where((bits & 0x80) != 0, -magnitude, magnitude).to(DTYPE)

@@ -1,33 +1,30 @@
-"""Rotating rows of any shape inside a kernel."""
+"""Rotating queries and keys inside a kernel.
+
+Their dimensions are taken in the cache's order: the first dimension of each rotated pair, then the second ones, then those
+that are not rotated. For NeoX pairs (`n` with `n + rotary_dim / 2`) that is the order they come in.
+"""
 
 import triton
 import triton.language as tl
 
-from .fp8 import from_fp8
+
+@triton.jit
+def source(dims, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where the dimensions `dims` of the cache's order lie in a query or a key as it comes."""
+    half: tl.constexpr = ROTARY_DIM // 2
+    if INTERLEAVED:
+        dims = tl.where(dims < half, 2 * dims, tl.where(dims < ROTARY_DIM, 2 * (dims - half) + 1, dims))
+    return dims
 
 
 @triton.jit
-def rotate(
-    x, pointers, mask, dims, cos_sin, sign, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr, IS_FP8: tl.constexpr
-):
-    """`x`, which was loaded from `pointers`, rotated by the angles whose cosines and sines begin at `cos_sin`.
+def load_cos_sin(cos_sin, steps, mask, pairs, ROTARY_DIM: tl.constexpr):
+    """The cosines and the sines of the pairs `pairs` at `steps`, `[steps, pairs]` each."""
+    pointers = cos_sin + (steps * ROTARY_DIM)[:, None] + pairs
+    return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + ROTARY_DIM // 2, mask=mask, other=0.0)
 
-    Every dimension is turned with its partner, which is loaded a second time, from the cache just filled by the first.
-    `dims` (the dimensions' numbers), `cos_sin` and `sign` (1, or -1 to rotate backwards) broadcast to the shape of `x`.
-    `IS_FP8` says whether bytes of fp8 lie at `pointers`.
-    """
-    half: tl.constexpr = ROTARY_DIM // 2
-    if INTERLEAVED:
-        pair = dims // 2
-        is_first = dims % 2 == 0
-        partner = tl.where(is_first, 1, -1)
-    else:
-        pair = dims % half
-        is_first = dims < half
-        partner = tl.where(is_first, half, -half)
-    turned = mask & (dims < ROTARY_DIM)
-    other = tl.load(pointers + partner, mask=turned, other=0)
-    other = from_fp8(other) if IS_FP8 else other.to(tl.float32)
-    cosine = tl.load(cos_sin + pair, mask=turned, other=1.0)
-    sine = tl.load(cos_sin + half + pair, mask=turned, other=0.0)
-    return x * cosine + other * (tl.where(is_first, -sine, sine) * sign)
+
+@triton.jit
+def turn(first, second, cosine, sine, DTYPE: tl.constexpr):
+    """Pairs of float32, rotated, in `DTYPE`."""
+    return (first * cosine - second * sine).to(DTYPE), (second * cosine + first * sine).to(DTYPE)

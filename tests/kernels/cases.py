@@ -26,6 +26,9 @@ class CPUKernels:
     def supports_head_size(self, head_size: int) -> bool:
         return cpu.supports_head_size(head_size)
 
+    def workspace_size(self, *layer: Any) -> int:
+        return cpu.workspace_size(*layer)
+
     def store_kv(self, *arguments: Any) -> None:
         self._call(cpu.store_kv, *arguments)
 
@@ -193,7 +196,7 @@ def run(kernels: Kernels, problem: Problem, dtype: torch.dtype, cache_dtype: tor
             seq_lens=torch.tensor([end for _, end in spans]).int(),
             block_table=block_table,
             slot_mapping=torch.cat(slots),
-            positions=torch.cat(positions),
+            max_query_len=int(lens.max()),
         )
 
     def tokens(tensors: list[torch.Tensor], spans: list[tuple[int, int]], *, turned: bool) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Every kernel set against the paper's formula in float64; the reference kernels in float64 are held to rounding."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_every_number_is_stored_as_torch_rounds_it_and_read_back(name: str, dtyp
         seq_lens=torch.ones(num_tokens).int(),
         block_table=torch.arange(num_tokens).int()[:, None] // 16,
         slot_mapping=order,
-        positions=torch.zeros(num_tokens).long(),
+        max_query_len=1,
     )
     KERNELS[name].store_kv(numbers, numbers, kv_cache, batch, AttentionParams(1.0))
     # A block's interior: keys in panels of 16 keys, then values in panels of 16 dimensions.
@@ -177,7 +178,7 @@ def test_every_number_is_stored_as_torch_rounds_it_and_read_back(name: str, dtyp
         seq_lens=torch.ones(len(query)).int(),
         block_table=torch.arange(len(query)).int()[:, None],
         slot_mapping=order[: len(query)],
-        positions=torch.zeros(len(query)).long(),
+        max_query_len=1,
     )
     KERNELS[name].attention(query, kv_cache, alone, AttentionParams(1.0), out)
     assert out.view(-1, 512).equal(wanted[first])
@@ -232,13 +233,13 @@ def test_grouping_without_a_rotation_is_an_error(kernels: str) -> None:
         KERNELS[kernels].store_kv(key, key, torch.zeros(2, 2, 16, 64), batch, AttentionParams(1.0, group_size=4))
 
 
-def three_tokens(**changes: torch.Tensor) -> AttentionBatch:
+def three_tokens(**changes: Any) -> AttentionBatch:
     fields = {
         "query_start_loc": torch.tensor([0, 3]).int(),
         "seq_lens": torch.tensor([3]).int(),
         "block_table": torch.tensor([[1]]).int(),
         "slot_mapping": torch.arange(3),
-        "positions": torch.arange(3),
+        "max_query_len": 3,
     }
     return AttentionBatch(**{**fields, **changes})
 
@@ -277,6 +278,6 @@ def test_wrong_arguments_of_store_are_errors() -> None:
     with pytest.raises(ValueError, match="slot_mapping names slot 32; the cache has 32"):
         cpu.store_kv(key, key, kv_cache, three_tokens(slot_mapping=torch.tensor([0, 1, 32])), params)
     with pytest.raises(ValueError, match="positions holds -1"):
-        cpu.store_kv(key, key, kv_cache, three_tokens(positions=torch.tensor([0, -1, 2])), params)
+        cpu.store_kv(key, key, kv_cache, three_tokens(seq_lens=torch.tensor([2]).int()), params)
     with pytest.raises(ValueError, match="instruction_set is 'mmx'; this machine runs"):
         CPUKernels("mmx").store_kv(key, key, kv_cache, three_tokens(), params)
