@@ -27,6 +27,9 @@ try:
 except ImportError as error:
     MISSING["triton"] = str(error)
 
+FASTEST = {"cpu": "cpu", "cuda": "triton"}
+"""By device type; PyTorch calls AMD's GPUs cuda too."""
+
 HOW_TO_GET = {  # a sentence without its stop
     "cpu": "They are built when vllm-selfextend is installed with a C++ compiler and pip install "
     "--no-build-isolation, against the torch that is there",
@@ -43,7 +46,8 @@ def choose_kernels(name: str, device: torch.device) -> str:
 
     """
     if name == "auto":
-        return "cpu" if device.type == "cpu" and "cpu" in KERNELS else "reference"
+        best = FASTEST.get(device.type, "reference")
+        return best if best in KERNELS else "reference"
     if name not in KERNEL_NAMES:
         raise ValueError(f"kernel is {name!r}; it must be one of {', '.join(['auto', *KERNEL_NAMES])}.")
     if name == "cpu" and device.type != "cpu":
@@ -64,6 +68,7 @@ def load_kernels(name: str, device: torch.device) -> Kernels:
 
 
 __all__ = [
+    "FASTEST",
     "HOW_TO_GET",
     "KERNELS",
     "KERNEL_NAMES",

@@ -89,8 +89,7 @@ class AttentionBatch:
         seq_lens: `[num_reqs]`, int32: tokens of the request in the cache, the new ones included.
         block_table: `[num_reqs, max_blocks]`, int32: the cache block of each `block_size` positions.
         slot_mapping: `[num_tokens]`, int64: `block * block_size + offset` of each new token; negative: not stored.
-        max_query_len: At least the largest number of new tokens that a request has; what is launched on a GPU depends on
-            it.
+        max_query_len: At least the largest number of new tokens that a request has; what a GPU launches depends on it.
         workspace: `[Kernels.workspace_size]`, float32, or None: room for what a call works out on its way, allocated in
             the call where it is not given.
 

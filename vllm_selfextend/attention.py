@@ -80,28 +80,32 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
     """Turns vLLM's common metadata into the kernels' batch, once a step for all layers.
 
     The batch refers to vLLM's persistent buffers and to a workspace of ours and holds nothing of its own, so a captured
-    CUDA graph finds the next step's requests in it, and a draft model's steps need no update.
+    CUDA graph finds the next step's requests in it, and vLLM may draft several tokens with one batch.
     """
-
-    supports_draft_decode_metadata_update = True
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        layers = vllm_config.compilation_config.static_forward_context
-        impls = [layers[name].impl for name in layer_names]
-        size = max(
-            impl.kernels.workspace_size(impl.num_heads, impl.num_kv_heads, impl.head_size, device) for impl in impls
-        )
-        self.workspace = torch.empty(size, dtype=torch.float32, device=device)
+        layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+        for name, layer in zip(layer_names, layers, strict=True):
+            if layer.head_size_v != layer.head_size:
+                raise ValueError(
+                    f"Self-Extend cannot serve {vllm_config.model_config.model}: {name} has keys of {layer.head_size} "
+                    f"and values of {layer.head_size_v} dimensions; they must have the same."
+                )
+        sizes = [
+            layer.impl.kernels.workspace_size(layer.impl.num_heads, layer.impl.num_kv_heads, layer.head_size, device)
+            for layer in layers
+        ]
+        self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
+        # The other kernels work a step's positions out once.
+        self.supports_draft_decode_metadata_update = _captures_graphs(vllm_config)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Any batch can be replayed with the Triton kernels; the others look at their batch."""
-        device = torch.device(vllm_config.device_config.device)
-        is_triton = choose_kernels(worker_plan(vllm_config).kernel, device) == "triton"
-        return AttentionCGSupport.ALWAYS if is_triton else AttentionCGSupport.NEVER
+        """A captured graph can be replayed with any batch, or cannot be captured."""
+        return AttentionCGSupport.ALWAYS if _captures_graphs(vllm_config) else AttentionCGSupport.NEVER
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -122,6 +126,12 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
 
     def update_draft_decode_metadata(self, metadata: SelfExtendMetadata) -> None:
         """Nothing to do: what the metadata refers to has been updated."""
+
+
+def _captures_graphs(vllm_config: VllmConfig) -> bool:
+    """Whether the kernels are those that never look at their batch from the host."""
+    device = torch.device(vllm_config.device_config.device)
+    return choose_kernels(worker_plan(vllm_config).kernel, device) == "triton"
 
 
 class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):

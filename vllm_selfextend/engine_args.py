@@ -18,15 +18,20 @@ import torch
 from vllm.config import AttentionConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from .backends import HOW_TO_GET, KERNELS, MISSING, choose_kernels
+from .backends import FASTEST, HOW_TO_GET, KERNELS, MISSING, choose_kernels
 from .config import CONFIG_KEY, ExtensionPlan, SelfExtendConfig
 from .support import unsupported_reason
 from .worker import SELF_EXTEND_WORKERS
 
 # vLLM's logging is set up for loggers below "vllm".
 logger = init_logger("vllm.self_extend")
+
+LOWEST_CAPABILITY = DeviceCapability(8, 0)
+"""Of an NVIDIA GPU that is to run the Triton kernels: they multiply bfloat16 and copy to shared memory on the side."""
 
 
 @dataclass
@@ -141,11 +146,20 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
             f"Self-Extend cannot serve {vllm_config.model_config.model}: its heads have {head_size} dimensions, which "
             f"the {kernels} kernels do not take. Setting self_extend.kernel to 'reference' would do, slowly."
         )
-    if device.type == "cpu" and kernels == "reference" and plan.kernel == "auto":
+    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    if kernels == "triton" and capability is not None and capability < LOWEST_CAPABILITY:
+        raise ValueError(
+            f"Self-Extend cannot run on this GPU: its compute capability is {capability.major}.{capability.minor}, and "
+            f"the triton kernels need {LOWEST_CAPABILITY.major}.{LOWEST_CAPABILITY.minor} (Ampere) or more. Use a newer "
+            "GPU; setting self_extend.kernel to 'reference' would do, slowly."
+        )
+    fastest = FASTEST.get(device.type)
+    if kernels == "reference" and plan.kernel == "auto" and fastest is not None:
         logger.warning(
-            "The native CPU kernels cannot be loaded (%s), so the much slower PyTorch kernels serve. %s.",
-            MISSING["cpu"],
-            HOW_TO_GET["cpu"],
+            "The %s kernels cannot be loaded (%s), so the much slower PyTorch kernels serve. %s.",
+            fastest,
+            MISSING[fastest],
+            HOW_TO_GET[fastest],
         )
     else:
         logger.info("Self-Extend's attention runs on the %s kernels.", kernels)

@@ -11,6 +11,9 @@ NOPE_CONFIG_KEYS = ("no_rope_layers", "no_rope_layer_interval", "use_rope_layers
 NOPE_MODEL_TYPES = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe", "llama4_text", "olmo_hybrid")
 """Architectures with layers that have no RoPE among layers that have it (vLLM 0.32, `model_executor/models`)."""
 
+PARALLEL_DRAFT_METHODS = ("dflash", "dspark")
+"""`precompute_and_store_context_kv` in vLLM 0.32's `model_executor/models/qwen3_dflash.py` and those built on it."""
+
 
 def unsupported_reason(vllm_config: VllmConfig, plan: ExtensionPlan) -> str | None:
     """Why this model, or this way to run it, cannot work with the plan; None if nothing speaks against it."""
@@ -19,6 +22,12 @@ def unsupported_reason(vllm_config: VllmConfig, plan: ExtensionPlan) -> str | No
         return (
             "context parallelism splits the positions of a sequence over devices, and Self-Extend needs them together. "
             "Set decode and prefill context parallel size to 1."
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method in PARALLEL_DRAFT_METHODS:
+        return (
+            f"the drafts of speculative method {speculative.method!r} write the cache themselves, and rotate keys by a "
+            "table of their own. Use another method, ngram or eagle for instance."
         )
     return unsupported_model_reason(vllm_config.model_config, plan)
 

@@ -1,9 +1,9 @@
 """Self-Extend's kernels in Triton, for GPUs; under `TRITON_INTERPRET=1` they run on CPU tensors, slowly.
 
 Block interior: `[block_size, 2 * head_size]`, a token's key and then its value, the key's dimensions in the order that
-`rotation.py` describes. float32, bfloat16, float16 and fp8 (e4m3) caches; products in the queries' dtype, sums in float32.
-Nothing here looks at device data or waits for it: launches follow from shapes and from the layer, so that a captured
-graph can be replayed with other lengths.
+`rotation.py` describes. float32, bfloat16, float16 and fp8 (e4m3) caches; products in the queries' dtype, sums in
+float32. Nothing here looks at device data or waits for it: launches follow from shapes and from the layer, so that a
+captured graph can be replayed with other lengths.
 """
 
 import math
@@ -61,7 +61,7 @@ def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: to
     # A context is shared where there are fewer blocks of queries and KV heads than programs wanted: fewer than twice as
     # many programs come of it.
     num_programs = 2 * PROGRAMS_PER_MULTIPROCESSOR * found.num_multiprocessors
-    return num_programs * decode_tiles(num_heads // num_kv_heads, head_size, 2, found).rows * (head_size + 2)
+    return num_programs * decode_tiles(num_heads // num_kv_heads, head_size, 2, False, found).rows * (head_size + 2)
 
 
 def store_kv(
@@ -181,7 +181,7 @@ def attention_launches(
         "IS_INTERPRETED": device.target is None,
     }
 
-    tiles = decode_tiles(heads, head_size, query.element_size(), device)
+    tiles = decode_tiles(heads, head_size, query.element_size(), is_fp8, device)
     tokens = tiles.rows // heads
     is_decode = batch.max_query_len <= MAX_DECODE_LEN
     decode_len = batch.max_query_len if is_decode else tokens
@@ -203,14 +203,14 @@ def attention_launches(
                 **partial,
                 "IS_DECODE": True,
                 "IS_SPLIT": num_splits > 1,
-                **tiles.constants(),
+                **tiles.arguments(),
             },
         )
         if num_splits > 1:
             arguments = {**merged, **shape, **partial, "num_splits": num_splits, "SPLITS": MERGED_SPLITS}
             yield Launch(merge_kernel, (num_reqs * decode_len, num_heads), arguments)
     if not is_decode:
-        tiles = prefill_tiles(heads, head_size, query.element_size(), device)
+        tiles = prefill_tiles(heads, head_size, query.element_size(), is_fp8, device)
         tokens = tiles.rows // heads
         yield Launch(
             attention_kernel,
@@ -221,7 +221,7 @@ def attention_launches(
                 "TOKENS": tokens,
                 "IS_DECODE": False,
                 "IS_SPLIT": False,
-                **tiles.constants(),
+                **tiles.arguments(),
             },
         )
 

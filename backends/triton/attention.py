@@ -185,6 +185,11 @@ def attention_kernel(
         FAR: tl.constexpr = 0
         MIXED: tl.constexpr = 1
         NEAR: tl.constexpr = 2
+        # Whole tiles of unpadded dimensions need no masks.
+        IS_WINDOWED: tl.constexpr = SLIDING_WINDOW > 0
+        MASKS_DIMS: tl.constexpr = IS_WINDOWED or HEAD_SIZE_PADDED > HEAD_SIZE
+        MASKS_PAIRS: tl.constexpr = IS_WINDOWED or HALF_PADDED > ROTARY_DIM // 2
+        MASKS_RESTS: tl.constexpr = IS_WINDOWED or REST_PADDED > HEAD_SIZE - ROTARY_DIM
         for kind in tl.static_range(0, 3, 1 if GROUP_SIZE > 1 else 2):
             if kind == FAR:
                 tile_begin = begin
@@ -209,7 +214,7 @@ def attention_kernel(
             ):
                 keys = tile + tl.arange(0, FAR_N if kind == FAR else NEAR_N)
                 key_mask = keys < end
-                if kind == FAR and SLIDING_WINDOW == 0:
+                if kind == FAR and not IS_WINDOWED:
                     block = tl.load(table + keys // BLOCK_SIZE)
                 else:
                     block = tl.load(table + keys // BLOCK_SIZE, mask=key_mask, other=0)
@@ -217,31 +222,38 @@ def attention_kernel(
                 slot = slot[:, None]
                 scores = tl.zeros([BLOCK_M, FAR_N if kind == FAR else NEAR_N], tl.float32)
                 if ROTARY_DIM < HEAD_SIZE:
-                    k_rest = load_kv(slot + rests, key_mask[:, None] & rest_mask, kind != FAR or SLIDING_WINDOW > 0 or REST_PADDED != HEAD_SIZE - ROTARY_DIM, DTYPE, IS_FP8, HAS_FP8)
+                    k_rest = load_kv(
+                        slot + rests, key_mask[:, None] & rest_mask, kind != FAR or MASKS_RESTS, DTYPE, IS_FP8, HAS_FP8
+                    )
                     scores = multiply(q_rest, tl.trans(k_rest), scores, IS_INTERPRETED)
                 if ROTARY_DIM > 0:
                     pairs_mask = key_mask[:, None] & pair_mask
-                    k_first = load_kv(slot + pairs, pairs_mask, kind != FAR or SLIDING_WINDOW > 0 or HALF_PADDED != half, DTYPE, IS_FP8, HAS_FP8)
-                    k_second = load_kv(slot + half + pairs, pairs_mask, kind != FAR or SLIDING_WINDOW > 0 or HALF_PADDED != half, DTYPE, IS_FP8, HAS_FP8)
+                    k_first = load_kv(slot + pairs, pairs_mask, kind != FAR or MASKS_PAIRS, DTYPE, IS_FP8, HAS_FP8)
+                    k_second = load_kv(
+                        slot + half + pairs, pairs_mask, kind != FAR or MASKS_PAIRS, DTYPE, IS_FP8, HAS_FP8
+                    )
                     if kind != FAR:
-                        key_cosine, key_sine = load_cos_sin(cos_sin, keys - keys // GROUP_SIZE, pairs_mask, pairs, ROTARY_DIM)
-                        turned_first, turned_second = turn(k_first.to(tl.float32), k_second.to(tl.float32), key_cosine, key_sine, DTYPE)
+                        lag = keys - keys // GROUP_SIZE
+                        key_cosine, key_sine = load_cos_sin(cos_sin, lag, pairs_mask, pairs, ROTARY_DIM)
+                        k_first32, k_second32 = k_first.to(tl.float32), k_second.to(tl.float32)
+                        turned_first, turned_second = turn(k_first32, k_second32, key_cosine, key_sine, DTYPE)
                         near = multiply(near_first, tl.trans(turned_first), scores, IS_INTERPRETED)
                         near = multiply(near_second, tl.trans(turned_second), near, IS_INTERPRETED)
                     if kind != NEAR:
                         scores = multiply(far_first, tl.trans(k_first), scores, IS_INTERPRETED)
                         scores = multiply(far_second, tl.trans(k_second), scores, IS_INTERPRETED)
                     if kind == MIXED:
-                        is_near = (position[:, None] - keys[None, :] < NEIGHBOR_WINDOW) | (position[:, None] < EXACT_LEN)
+                        is_near = position[:, None] - keys[None, :] < NEIGHBOR_WINDOW
+                        is_near |= position[:, None] < EXACT_LEN
                         scores = tl.where(is_near, near, scores)
                     elif kind == NEAR:
                         scores = near
                 if HAS_SOFT_CAP:
                     scores = tanh(scores * (row_scale / soft_cap)[:, None]) * (soft_cap * LOG2_E)
-                if kind != FAR or SLIDING_WINDOW > 0:
+                if kind != FAR or IS_WINDOWED:
                     distance = position[:, None] - keys[None, :]
                     seen = (distance >= 0) & key_mask[None, :]
-                    if SLIDING_WINDOW > 0:
+                    if IS_WINDOWED:
                         seen &= distance < SLIDING_WINDOW
                     scores = tl.where(seen, scores, float("-inf"))
                 # Scaled after the sum over dimensions, in the same instruction as the subtraction.
@@ -250,7 +262,7 @@ def attention_kernel(
                 else:
                     new_largest = tl.maximum(largest, tl.max(scores, 1) * row_scale)
                 base = new_largest
-                if kind != FAR or SLIDING_WINDOW > 0:  # a row that has seen nothing yet has nothing to subtract
+                if kind != FAR or IS_WINDOWED:  # a row that has seen nothing yet has nothing to subtract
                     base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
                 if HAS_SOFT_CAP:
                     weights = tl.exp2(scores - base[:, None])
@@ -259,7 +271,14 @@ def attention_kernel(
                 decay = tl.exp2(largest - base)
                 total = total * decay + tl.sum(weights, 1)
                 largest = new_largest
-                v = load_kv(slot + HEAD_SIZE + dims, key_mask[:, None] & dim_mask, kind != FAR or SLIDING_WINDOW > 0 or HEAD_SIZE_PADDED != HEAD_SIZE, DTYPE, IS_FP8, HAS_FP8)
+                v = load_kv(
+                    slot + HEAD_SIZE + dims,
+                    key_mask[:, None] & dim_mask,
+                    kind != FAR or MASKS_DIMS,
+                    DTYPE,
+                    IS_FP8,
+                    HAS_FP8,
+                )
                 output = multiply(weights.to(DTYPE), v, output * decay[:, None], IS_INTERPRETED)
 
         mask = row_mask[:, None] & dim_mask

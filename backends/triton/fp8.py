@@ -21,11 +21,10 @@ def to_fp8(x):
 
 @triton.jit
 def from_fp8(byte, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
-    """What the bytes mean, in `DTYPE`; `NATIVE` says whether the GPU has instructions for it (Ada, Hopper and later)."""
+    """What the bytes mean, in `DTYPE`; `NATIVE` says whether the GPU has instructions for it."""
     if NATIVE:
         return byte.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    bits = byte.to(tl.uint32)
-    # The exponent's bias grows by 120.
-    magnitude = ((bits & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    magnitude = tl.where((bits & 0x7F) == 0x7F, float("nan"), magnitude)
-    return tl.where((bits & 0x80) != 0, -magnitude, magnitude).to(DTYPE)
+    # The sign and the seven bits below it, moved to where float32 has them; the exponent's bias grows by 120.
+    bits = (byte.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
+    value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((byte & 0x7F) == 0x7F, float("nan"), value).to(DTYPE)

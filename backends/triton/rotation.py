@@ -1,7 +1,7 @@
 """Rotating queries and keys inside a kernel.
 
-Their dimensions are taken in the cache's order: the first dimension of each rotated pair, then the second ones, then those
-that are not rotated. For NeoX pairs (`n` with `n + rotary_dim / 2`) that is the order they come in.
+Their dimensions are taken in the cache's order: the first dimension of each rotated pair, then the second ones, then
+those that are not rotated. For NeoX pairs (`n` with `n + rotary_dim / 2`) that is the order they come in.
 """
 
 import triton

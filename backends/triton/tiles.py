@@ -1,6 +1,7 @@
-"""How the attention kernel is cut into tiles, by head size and GPU; `benchmarks/triton_compile.py` shows what comes of it.
+"""How the attention kernel is cut into tiles, by head size and GPU.
 
-Chosen so that no register is spilled and shared memory suffices; nothing is tried out at serving time.
+Chosen so that loops spill no registers and shared memory suffices, which `benchmarks/triton_compile.py` shows; nothing
+is tried out at serving time.
 """
 
 import functools
@@ -21,7 +22,15 @@ class Device:
     @property
     def has_fp8(self) -> bool:
         """Whether it has instructions that convert float8_e4m3fn: NVIDIA's from Ada on."""
-        return self.target is not None and self.target.backend == "cuda" and self.target.arch >= 89
+        return self._is_cuda(89)
+
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether its tensor cores read shared memory, of which a program has 227 KiB: Hopper, large Blackwells."""
+        return self._is_cuda(90) and not self._is_cuda(120)
+
+    def _is_cuda(self, arch: int) -> bool:
+        return self.target is not None and self.target.backend == "cuda" and self.target.arch >= arch
 
 
 @functools.lru_cache
@@ -55,8 +64,8 @@ class Tiles:
     near_stages: int
     num_warps: int
 
-    def constants(self) -> dict[str, int]:
-        """What the kernel calls them."""
+    def arguments(self) -> dict[str, int]:
+        """What the kernel calls them, and a multiplication and an addition in one instruction."""
         return {
             "BLOCK_M": self.rows,
             "FAR_N": self.far_keys,
@@ -64,21 +73,48 @@ class Tiles:
             "FAR_STAGES": self.far_stages,
             "NEAR_STAGES": self.near_stages,
             "num_warps": self.num_warps,
+            "enable_fp_fusion": True,
         }
 
 
-def decode_tiles(heads: int, head_size: int, itemsize: int, device: Device) -> Tiles:
-    """Tiles for few queries a request, of `heads` query heads a KV head; `itemsize` is of a query's number."""
+def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
+    """Tiles for few queries a request.
+
+    Args:
+        heads: Query heads a KV head.
+        head_size: Of queries, keys and values.
+        itemsize: Bytes of a query's number.
+        is_fp8: Whether the cache is.
+        device: What it will run on.
+
+    """
     # Tensor cores multiply 16 rows at least.
     rows = max(16, triton.next_power_of_2(heads))
+    num_warps = 8 if rows > 32 or head_size > 128 else 4
     if device.target is None:
         return Tiles(rows, 32, 16, 1, 1, 1)
-    return Tiles(rows, 64, 32, 5, 5, 4)
+    if itemsize == 4:
+        return Tiles(rows, 16, 16, 3, 1, 8)
+    if device.target.backend == "hip":
+        return Tiles(rows, 64, 32, 2, 2, num_warps) if head_size <= 128 else Tiles(rows, 32, 16, 2, 2, num_warps)
+    if head_size <= 128:
+        return Tiles(rows, 64, 32, 5, 5, num_warps)
+    return Tiles(rows, 64, 32, 5, 5, 8) if device.has_wgmma else Tiles(rows, 32, 16, 5, 3, 8)
 
 
-def prefill_tiles(heads: int, head_size: int, itemsize: int, device: Device) -> Tiles:
-    """Tiles for many queries a request."""
+def prefill_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
+    """Tiles for many queries a request; arguments as of `decode_tiles`."""
+    at_least = triton.next_power_of_2(heads)
     if device.target is None:
-        return Tiles(max(64, triton.next_power_of_2(heads)), 32, 16, 1, 1, 1)
-    rows = max(128, triton.next_power_of_2(heads))
-    return Tiles(rows, 64, 32, 5, 5, 8)
+        return Tiles(max(64, at_least), 32, 16, 1, 1, 1)
+    if itemsize == 4:  # without tensor cores, which would round
+        return Tiles(max(32, at_least), 16, 16, 3, 1, 8)
+    if device.target.backend == "hip":
+        return Tiles(max(64, at_least), *((64, 32) if head_size <= 128 else (32, 16)), 2, 2, 4)
+    if head_size <= 64:
+        return Tiles(128, 64, 32, 5, 5, 8)
+    if device.has_wgmma:
+        return Tiles(128, 64, 32, 5, 5, 8) if head_size <= 128 else Tiles(128, 32, 16, 3, 1, 8)
+    if head_size <= 128:
+        return Tiles(max(64, at_least), 32, 16, 5, 3, 8 if is_fp8 else 4)
+    return Tiles(max(32, at_least), 32, 16, 3, 1, 8)

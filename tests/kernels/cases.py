@@ -169,8 +169,20 @@ def expected(problem: Problem) -> torch.Tensor:
     return torch.cat(answers)
 
 
-def run(kernels: Kernels, problem: Problem, dtype: torch.dtype, cache_dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The kernels' answer through a paged cache, its blocks in random order, old tokens stored first."""
+def run(
+    kernels: Kernels,
+    problem: Problem,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    *,
+    workspace: torch.Tensor | None = None,
+    padding: int = 0,
+    max_query_len: int | None = None,
+) -> torch.Tensor:
+    """The kernels' answer through a paged cache, its blocks in random order, old tokens stored first.
+
+    With `padding`, a step has so many requests of no tokens and tokens of no request more, and the answer so many rows.
+    """
     case = problem.case
     generator = _generator(case, 2)
     blocks_of = [-(-seq_len // case.block_size) for _, seq_len in case.requests]
@@ -184,19 +196,20 @@ def run(kernels: Kernels, problem: Problem, dtype: torch.dtype, cache_dtype: tor
     kv_cache = torch.full(shape, float("nan")).to(cache_dtype or dtype)
     params = case.params(torch.float64 if dtype == torch.float64 else torch.float32)
 
-    def batch(spans: list[tuple[int, int]]) -> AttentionBatch:
+    def batch(spans: list[tuple[int, int]], max_query_len: int | None = None) -> AttentionBatch:
         positions = [torch.arange(begin, end) for begin, end in spans]
         slots = [
             row[p // case.block_size].long() * case.block_size + p % case.block_size
             for row, p in zip(block_table, positions, strict=True)
         ]
-        lens = torch.tensor([0] + [end - begin for begin, end in spans])
+        lens = torch.tensor([0] + [end - begin for begin, end in spans] + [0] * padding)
         return AttentionBatch(
             query_start_loc=lens.cumsum(0).int(),
-            seq_lens=torch.tensor([end for _, end in spans]).int(),
-            block_table=block_table,
-            slot_mapping=torch.cat(slots),
-            max_query_len=int(lens.max()),
+            seq_lens=torch.tensor([end for _, end in spans] + [0] * padding).int(),
+            block_table=torch.nn.functional.pad(block_table, (0, 0, 0, padding)),
+            slot_mapping=torch.cat([*slots, torch.full([padding], -1)]),
+            max_query_len=int(lens.max()) if max_query_len is None else max_query_len,
+            workspace=workspace,
         )
 
     def tokens(tensors: list[torch.Tensor], spans: list[tuple[int, int]], *, turned: bool) -> torch.Tensor:
@@ -204,7 +217,7 @@ def run(kernels: Kernels, problem: Problem, dtype: torch.dtype, cache_dtype: tor
         if turned:
             pairs = zip(parts, spans, strict=True)
             parts = [rotate(case, x, torch.arange(begin, end)) for x, (begin, end) in pairs]
-        return torch.cat(parts).to(dtype)
+        return torch.nn.functional.pad(torch.cat(parts), (0, 0, 0, 0, 0, padding)).to(dtype)
 
     old = [(0, seq_len - query_len) for query_len, seq_len in case.requests]
     new = [(seq_len - query_len, seq_len) for query_len, seq_len in case.requests]
@@ -212,6 +225,6 @@ def run(kernels: Kernels, problem: Problem, dtype: torch.dtype, cache_dtype: tor
         key, value = tokens(problem.keys, spans, turned=True), tokens(problem.values, spans, turned=False)
         kernels.store_kv(key, value, kv_cache, batch(spans), params)
     query = tokens(problem.queries, new, turned=True)
-    out = torch.empty_like(query)
-    kernels.attention(query, kv_cache, batch(new), params, out)
+    out = torch.full_like(query, float("nan"))
+    kernels.attention(query, kv_cache, batch(new, max_query_len), params, out)
     return out

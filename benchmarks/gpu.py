@@ -1,0 +1,538 @@
+"""Our Triton kernels on a GPU: are they right, and how near do they come to what it can do? `python benchmarks/gpu.py`.
+
+Needs torch, triton, typer and rich, neither vLLM nor an installed package. Correctness first (`gpu_correctness.py`),
+then decode, prefill and store, one layer's call each:
+
+- **Bound** is the time that was predicted beforehand: bytes over the GPU's measured bandwidth (of a copy) or operations
+  over its measured matrix rate, whichever is longer. Bytes are those of keys, values, queries and outputs, once each;
+  rows of cosines and sines that neighbors need come out of the L2 cache and do not count (the JSON lines list them).
+- **G = 1** is our own kernel on the same cache without Self-Extend: ordinary attention.
+- **Others** (`gpu_others.py`) read the same cache, as far as they are installed; for prefill PyTorch's attention on
+  contiguous copies. Each must give our answer at G = 1. The fastest one's time is shown.
+
+Every system is a CUDA graph of some calls, as vLLM replays them, so that no time of Python's is measured. The calls of
+a graph read several caches in turn, so that short contexts do not stay in the L2 cache. Systems are replayed in turns,
+and a time is the median. A missed aim is reported; only a wrong answer fails the run. Without a GPU, Triton's
+interpreter can do a cut `--correctness-only`, which tests this script (`TRITON_INTERPRET=1`, a minute).
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import rich.box
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+import gpu_correctness
+import gpu_machine
+import gpu_others
+
+from backends import AttentionBatch, AttentionParams, Kernels, Rotation, load_kernels
+from vllm_selfextend.positions import capacity
+from vllm_selfextend.rotary import cos_sin
+
+SHORTEST_TRAINED_LENGTH = 4096
+ROPE_BASE = 10000.0
+
+L2_CACHES = 3  # what a graph's calls read, in L2 caches
+MOST_COPIES = 16
+ENOUGH_GRAPH_MS = 0.5  # a graph much shorter than that would wait for its launch
+MOST_CALLS = 200
+SPARE_BYTES = 6 << 30
+
+SAME_ANSWER = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""How far two kernels' answers may be apart: the norm of the difference over the norm of one."""
+
+console = Console()
+errors = Console(stderr=True)
+
+
+class DType(str, Enum):
+    """What the queries and the cache may be in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Load(NamedTuple):
+    """One step's requests, all alike; `context` is the tokens of a request in the cache, the new ones included."""
+
+    phase: str
+    batch: int
+    query_len: int
+    context: int
+    is_fp8: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.phase} {self.batch} x {self.query_len:,} of {self.context:,} tokens"
+
+
+DECODE = tuple(
+    Load("decode", batch, 1, context)
+    for batch, context in itertools.product((1, 16, 64, 256), (4096, 16384, 32768, 131072))
+)
+DECODE_FP8 = tuple(
+    Load("decode", batch, 1, context, is_fp8=True) for batch, context in ((1, 131072), (16, 32768), (64, 16384))
+)
+PREFILL = tuple(
+    Load("prefill", 1, query_len, before + query_len)
+    for query_len, before in itertools.product((2048, 8192), (0, 8192, 32768, 131072))
+)
+STORE = (Load("store", 1, 2048, 8192), Load("store", 1, 8192, 16384), Load("store", 256, 1, 256))
+LOADS = {"decode": (*DECODE, *DECODE_FP8), "prefill": PREFILL, "store": STORE}
+QUICK_LOADS = {
+    "decode": (Load("decode", 1, 1, 16384), Load("decode", 64, 1, 16384), Load("decode", 64, 1, 16384, is_fp8=True)),
+    "prefill": (Load("prefill", 1, 8192, 8192), Load("prefill", 1, 2048, 32768 + 2048)),
+    "store": STORE,
+}
+
+LAYERS, QUICK_LAYERS = 10, 5
+"""How many of `gpu_correctness.layers` are checked."""
+
+
+class Heads(NamedTuple):
+    """The shape of a layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: a load on a layer."""
+
+    load: Load
+    heads: Heads
+    dtype: torch.dtype
+    group_size: int
+    neighbor_window: int
+    block_size: int
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.load.is_fp8 else self.dtype
+
+    @property
+    def trained_length(self) -> int:
+        """The smallest power of two, 4,096 or more, from which the group size and window reach the context."""
+        length = SHORTEST_TRAINED_LENGTH
+        while capacity(length, self.group_size, self.neighbor_window) < self.load.context:
+            length *= 2
+        return length
+
+    @property
+    def num_blocks(self) -> int:
+        """Cache blocks of one request."""
+        return -(-self.load.context // self.block_size)
+
+    @property
+    def block_shape(self) -> tuple[int, int, int]:
+        return self.heads.num_kv_heads, self.block_size, 2 * self.heads.head_size
+
+    @property
+    def cache_bytes(self) -> int:
+        """The cache of the load's requests."""
+        return self.load.batch * self.num_blocks * math.prod(self.block_shape) * self.cache_dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that have to be read and written."""
+        phase, batch, query_len, context, _ = self.load
+        num_heads, num_kv_heads, head_size = self.heads
+        token = 2 * num_kv_heads * head_size
+        if phase == "store":
+            return batch * query_len * token * (self.dtype.itemsize + self.cache_dtype.itemsize)
+        queries_and_outputs = 2 * batch * query_len * num_heads * head_size * self.dtype.itemsize
+        return batch * context * token * self.cache_dtype.itemsize + queries_and_outputs
+
+    @property
+    def cos_sin_bytes(self) -> int:
+        """Bytes of cosines and sines that a decode's neighbors need: a row a key, request and KV head."""
+        is_exact = self.load.context <= self.trained_length
+        neighbors = self.load.context if is_exact else min(self.neighbor_window, self.load.context)
+        return self.load.batch * self.heads.num_kv_heads * neighbors * self.heads.head_size * 4
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of the two products."""
+        phase, batch, query_len, context, _ = self.load
+        if phase == "store":
+            return 0.0
+        visible = query_len * context - query_len * (query_len - 1) / 2
+        return 4.0 * self.heads.head_size * self.heads.num_heads * batch * visible
+
+    def copies(self, l2_bytes: int) -> int:
+        """How many different inputs take turns; a prefill is not over before it has swept the L2 cache by itself."""
+        if self.load.phase == "prefill":
+            return 1
+        return min(MOST_COPIES, -(-L2_CACHES * l2_bytes // self.num_bytes))
+
+    def params(self, device: torch.device) -> AttentionParams:
+        """The layer; its table has a row for every position."""
+        return AttentionParams(
+            scale=self.heads.head_size**-0.5,
+            group_size=self.group_size,
+            neighbor_window=self.neighbor_window,
+            exact_len=self.trained_length,
+            rotation=Rotation(
+                _cos_sin(max(self.load.context, self.neighbor_window + 1), self.heads.head_size).to(device)
+            ),
+        )
+
+    def make_cache(self, num_blocks: int, device: torch.device) -> torch.Tensor:
+        """Random keys and values: how they got there makes no difference to a reader's time."""
+        cache = torch.empty(num_blocks, *self.block_shape, dtype=self.cache_dtype, device=device)
+        for part in cache.split(4096):
+            part.copy_(torch.randn(part.shape, device=device))
+        return cache.view(torch.uint8) if self.load.is_fp8 else cache
+
+    def make_step(self, block_table: torch.Tensor, workspace: torch.Tensor) -> AttentionBatch:
+        """The step in which the last `query_len` tokens of each request in `block_table` are new."""
+        _, batch, query_len, context, _ = self.load
+        device = block_table.device
+        positions = torch.arange(context - query_len, context, device=device)
+        slots = block_table[:, positions // self.block_size].long() * self.block_size + positions % self.block_size
+        return AttentionBatch(
+            query_start_loc=torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len,
+            seq_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
+            block_table=block_table,
+            slot_mapping=slots.flatten(),
+            max_query_len=query_len,
+            workspace=workspace,
+        )
+
+    def draw(self, num_heads: int, device: torch.device) -> torch.Tensor:
+        """Random queries, keys or values of a step's new tokens."""
+        shape = self.load.batch * self.load.query_len, num_heads, self.heads.head_size
+        return torch.randn(shape, device=device).to(self.dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _cos_sin(num_steps: int, head_size: int) -> torch.Tensor:
+    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    return cos_sin(frequencies, 0, num_steps)
+
+
+class Times(NamedTuple):
+    """What came of a case, ms; `notes` says which other library has no time, and why."""
+
+    self_extend: float
+    ordinary: float
+    others: dict[str, float]
+    notes: dict[str, str]
+
+
+def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: torch.device) -> Times:
+    """Time a case."""
+    copies, batch = case.copies(machine.l2_bytes), case.load.batch
+    num_blocks = copies * batch * case.num_blocks
+    cache = case.make_cache(num_blocks, device)
+    tables = torch.randperm(num_blocks, dtype=torch.int32, device=device).view(copies, batch, case.num_blocks)
+    workspace = torch.empty(kernels.workspace_size(*case.heads, device), dtype=torch.float32, device=device)
+    steps = [case.make_step(table, workspace) for table in tables]
+    params = case.params(device)
+    ordinary_params = dataclasses.replace(params, group_size=1, exact_len=0, rotation=None)
+
+    if case.load.phase == "store":
+        tokens = [tuple(case.draw(case.heads.num_kv_heads, device) for _ in range(2)) for _ in steps]
+        systems = [
+            [
+                functools.partial(kernels.store_kv, key, value, cache, step, layer)
+                for (key, value), step in zip(tokens, steps, strict=True)
+            ]
+            for layer in (params, ordinary_params)
+        ]
+    else:
+        queries = [case.draw(case.heads.num_heads, device) for _ in steps]
+        outs = [torch.empty_like(query) for query in queries]
+        systems = [
+            [
+                functools.partial(kernels.attention, query, cache, step, layer, out)
+                for query, step, out in zip(queries, steps, outs, strict=True)
+            ]
+            for layer in (params, ordinary_params)
+        ]
+    num_calls = min(MOST_CALLS, math.ceil(ENOUGH_GRAPH_MS / machine.predicted_ms(case.num_bytes, case.operations)))
+    num_calls = max(copies, num_calls)
+    graphs = [capture(calls, num_calls) for calls in systems]
+    kept_alive: list[list[gpu_others.Call]] = []  # by their calls, tensors that a graph uses
+    names, notes = [], {}
+    for name, other in others_of(case).items():
+        try:
+            calls = [other(query, cache, step, case.load.context) for query, step in zip(queries, steps, strict=True)]
+            systems[1][0]()
+            check_same(case, outs[0], calls[0]())
+            graphs.append(capture(calls, num_calls))
+            kept_alive.append(calls)
+            names.append(name)
+        except Exception as error:  # what another library cannot do is no reason to stop
+            notes[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+    self_extend, ordinary, *others = (time / num_calls for time in gpu_machine.medians(graphs))
+    return Times(self_extend, ordinary, dict(zip(names, others, strict=True)), notes)
+
+
+def capture(calls: Sequence[Callable[[], object]], num_calls: int) -> Callable[[], None]:
+    """`num_calls` calls, these in turns, as one graph."""
+    return gpu_machine.capture(list(itertools.islice(itertools.cycle(calls), num_calls)))
+
+
+def others_of(case: Case) -> dict[str, gpu_others.Other]:
+    """Whom a case is measured against, besides ourselves."""
+    if case.load.is_fp8 or case.load.phase == "store":
+        return {}
+    return gpu_others.DECODE if case.load.phase == "decode" else gpu_others.PREFILL
+
+
+def check_same(case: Case, ours: torch.Tensor, other: torch.Tensor) -> None:
+    """Refuse to time a kernel that does not compute the same."""
+    error = float((ours.float() - other.float()).norm() / other.float().norm())
+    # Not `error > ...`, which lets NaN through.
+    if not error <= SAME_ANSWER[case.dtype]:
+        raise RuntimeError(f"its answer is off ours at G = 1 by {error:.1e} of its norm.")
+
+
+class Result(NamedTuple):
+    """A case, the time predicted for it and its times, ms."""
+
+    case: Case
+    bound: float
+    times: Times
+
+    @property
+    def fastest(self) -> tuple[str, float] | None:
+        """The fastest of the others."""
+        return min(self.times.others.items(), key=lambda item: item[1], default=None)
+
+    def row(self, device: str) -> dict[str, Any]:
+        """Its line in the JSON file."""
+        case = self.case
+        return {
+            "device": device,
+            "dtype": _name(case.dtype),
+            "cache_dtype": _name(case.cache_dtype),
+            **{name: value for name, value in case.load._asdict().items() if name != "is_fp8"},
+            **case.heads._asdict(),
+            "group_size": case.group_size,
+            "neighbor_window": case.neighbor_window,
+            "trained_length": case.trained_length,
+            "block_size": case.block_size,
+            "bytes": case.num_bytes,
+            "cos_sin_bytes": case.cos_sin_bytes if case.load.phase == "decode" else 0,
+            "operations": case.operations,
+            "predicted_ms": self.bound,
+            "self_extend_ms": self.times.self_extend,
+            "ordinary_ms": self.times.ordinary,
+            "others_ms": self.times.others,
+            "others_missing": self.times.notes,
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def result_table(phase: str, results: Sequence[Result]) -> Table:
+    """Times, rates and ratios of one phase and cache dtype, for people."""
+    case = results[0].case
+    unit = "TFLOP/s" if phase == "prefill" else "GB/s"
+    shape = {"decode": ("batch", "context"), "prefill": ("new", "context"), "store": ("batch", "new")}[phase]
+    cache = f", {_name(case.cache_dtype)} cache" if case.load.is_fp8 else ""
+    heads = f"{case.heads.num_heads}/{case.heads.num_kv_heads} heads x {case.heads.head_size}"
+    title = f"{phase}, {_name(case.dtype)}{cache}, {heads}, G {case.group_size}, W {case.neighbor_window:,}"
+    columns = [*shape, "bound\nms", "ours\nms", "G = 1\nms", f"ours\n{unit}", "of\nbound", "of\nG = 1"]
+    if any(result.fastest for result in results):
+        columns += ["of\nother", "other\nms", "fastest\nother"]
+    table = _table(title)
+    for name in columns:
+        table.add_column(name, justify="left" if name.startswith("fastest") else "right")
+    for result in results:
+        load, ours = result.case.load._asdict(), result.times.self_extend
+        load["new"] = load["query_len"]
+        done = result.case.operations / 1e3 if phase == "prefill" else result.case.num_bytes
+        cells = [f"{load[name]:,}" for name in shape]
+        cells += [_three_digits(time) for time in (result.bound, ours, result.times.ordinary, done / ours / 1e6)]
+        cells += [f"{time / ours:.2f}" for time in (result.bound, result.times.ordinary)]
+        if result.fastest:
+            which, other = result.fastest
+            cells += [f"{other / ours:.2f}", _three_digits(other), which]
+        table.add_row(*cells)
+    return table
+
+
+def _table(title: str) -> Table:
+    """A table whose columns fit into 80 characters."""
+    return Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0, pad_edge=False)
+
+
+def _three_digits(number: float) -> str:
+    """Three significant digits, four where the first is a thousand or more, at most four decimals."""
+    return f"{number:,.{min(4, max(0, 2 - math.floor(math.log10(number))))}f}"
+
+
+def aims_table(results: Sequence[Result], machine: gpu_machine.Machine) -> Table:
+    """What the project wants of its kernels (fp8 caches aside), and what the worst case gave."""
+    decodes = [result for result in results if result.case.load in DECODE and result.case.load.context >= 16384]
+    prefills = [result for result in results if result.case.load.phase == "prefill"]
+    bandwidth = [
+        (result.case.num_bytes / result.times.self_extend / 1e6 / machine.copies_gb_per_s, result) for result in decodes
+    ]
+    aims = (
+        ("decode from 16k on, of copies' bandwidth", 0.85, bandwidth),
+        (
+            "decode from 16k on, of G = 1",
+            0.95,
+            [(r.times.ordinary / r.times.self_extend, r) for r in decodes],
+        ),
+        ("prefill, of G = 1", 0.95, [(r.times.ordinary / r.times.self_extend, r) for r in prefills]),
+        ("prefill, of torch's fastest", 0.6, [(r.fastest[1] / r.times.self_extend, r) for r in prefills if r.fastest]),
+    )
+    table = _table("Aims")
+    for name in ("speed", "aim", "worst", "met", "worst case"):
+        table.add_column(name)
+    for name, aim, ratios in aims:
+        if ratios:
+            worst, result = min(ratios, key=lambda pair: pair[0])
+            load = result.case.load
+            at = f"{load.batch} x {load.query_len:,} of {load.context:,}"
+            table.add_row(name, f"{aim:.2f}", f"{worst:.2f}", "yes" if worst >= aim else "no", at)
+    return table
+
+
+class Output:
+    """Where results go as they come: lines of JSON, if a file is named, and a progress bar."""
+
+    def __init__(self, json_file: Path | None) -> None:
+        self.json_file = json_file
+        if json_file is not None:
+            json_file.write_text("", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Line by line: a run that is ended early leaves what it has."""
+        if self.json_file is not None:
+            with self.json_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def progress(self) -> Progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        return Progress(*columns, console=errors)
+
+
+def run_correctness(kernels: Kernels, device: torch.device, name: str, count: int, output: Output) -> bool:
+    """Check, print, and say whether all is right."""
+    results = []
+    with output.progress() as progress:
+        bar = progress.add_task("correctness", total=gpu_correctness.num_cases(count))
+        for result in gpu_correctness.check(kernels, device, count):
+            results.append(result)
+            output.write(result.row(name))
+            progress.update(bar, advance=1, description=f"correctness: {result.batch}, {result.layer.variant}")
+    console.print(gpu_correctness.result_table(results))
+    wrong = [result for result in results if result.problem]
+    for result in wrong:
+        console.print(f"WRONG: {result.batch}, {result.layer}: {result.problem}", markup=False)
+    return not wrong
+
+
+def run_phase(
+    phase: str,
+    cases: Sequence[Case],
+    kernels: Kernels,
+    machine: gpu_machine.Machine,
+    device: torch.device,
+    output: Output,
+) -> list[Result]:
+    """Time and print."""
+    results: list[Result] = []
+    lines: dict[str, str] = {}  # each once
+    with output.progress() as progress:
+        bar = progress.add_task(phase, total=len(cases))
+        for case in cases:
+            progress.update(bar, description=str(case.load))
+            torch.cuda.empty_cache()
+            missing = case.copies(machine.l2_bytes) * case.cache_bytes + SPARE_BYTES - torch.cuda.mem_get_info()[0]
+            if missing > 0:
+                lines[str(case.load)] = f"Left out for {missing / 1e9:,.0f} GB of memory more: {case.load}."
+            else:
+                bound = machine.predicted_ms(case.num_bytes, case.operations)
+                result = Result(case, bound, measure(case, kernels, machine, device))
+                results.append(result)
+                output.write(result.row(machine.device))
+                lines |= {why: f"No time of {name}: {why}" for name, why in result.times.notes.items()}
+            progress.advance(bar)
+    for is_fp8 in (False, True):
+        alike = [result for result in results if result.case.load.is_fp8 == is_fp8]
+        if alike:
+            console.print(result_table(phase, alike))
+    for line in lines.values():
+        console.print(line, markup=False)
+    return results
+
+
+def main(
+    suite: Annotated[
+        Literal["correctness", "decode", "prefill", "store", "all"], typer.Option(help="What to do.")
+    ] = "all",
+    correctness_only: Annotated[
+        bool, typer.Option("--correctness-only", help="The same as --suite correctness.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases.")] = False,
+    dtype: Annotated[DType, typer.Option(help="Of what is timed, as all that follows.")] = DType.BFLOAT16,
+    num_heads: Annotated[int, typer.Option(min=1)] = 32,
+    num_kv_heads: Annotated[int, typer.Option(min=1)] = 8,
+    head_size: Annotated[int, typer.Option(min=1)] = 128,
+    group_size: Annotated[int, typer.Option(min=2)] = 8,
+    neighbor_window: Annotated[int, typer.Option(min=1, max=SHORTEST_TRAINED_LENGTH - 1)] = 1024,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens a cache block.")] = 16,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line a case to this file.")] = None,
+) -> None:
+    """Check and time the Triton kernels on this machine's GPU."""
+    suite = "correctness" if correctness_only else suite
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not (suite == "correctness" and os.environ.get("TRITON_INTERPRET") == "1"):
+        errors.print(
+            "There is no GPU here that torch can use; without one only --correctness-only runs, if Triton is to "
+            "interpret (TRITON_INTERPRET=1)."
+        )
+        raise typer.Exit(1)
+    kernels = load_kernels("triton", device)
+    torch.manual_seed(0)
+    output = Output(json_file)
+    all_right = True
+    if suite in ("correctness", "all"):
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, Triton's interpreter"
+        count = QUICK_LAYERS if quick or device.type == "cpu" else LAYERS
+        all_right = run_correctness(kernels, device, name, count, output)
+    if suite != "correctness":
+        timed = getattr(torch, dtype.value)
+        machine = gpu_machine.measure(timed)
+        console.print(gpu_machine.table(machine, timed))
+        layer = Heads(num_heads, num_kv_heads, head_size), timed, group_size, neighbor_window, block_size
+        results: list[Result] = []
+        for phase, loads in (QUICK_LOADS if quick else LOADS).items():
+            if suite in (phase, "all"):
+                cases = [Case(load, *layer) for load in loads]
+                results += run_phase(phase, cases, kernels, machine, device, output)
+        console.print(aims_table(results, machine))
+    raise typer.Exit(0 if all_right else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

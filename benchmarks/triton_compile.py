@@ -1,0 +1,293 @@
+"""Compile the Triton kernels for GPUs that need not be there: `python benchmarks/triton_compile.py`.
+
+Every specialisation that serving a common model would compile is compiled, for each target, from the very launches that
+serving makes, on tensors without data. Shown are registers, spills, shared memory, and which matrix instructions the
+grouped run's loop has. The exit code is 1 if that loop spills or has no matrix instructions, if shared memory does not
+suffice, or if a kernel does not compile.
+
+Machine code is disassembled with the tools that Triton brings along. A loop is what lies between a label and a jump
+back to it; those with matrix instructions are, in their order, the grouped run's, the mixed tiles' and the neighbors'.
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # kernels defined under it cannot be compiled
+
+import rich.box
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from vllm_selfextend.backends import AttentionBatch, AttentionParams, Rotation
+from vllm_selfextend.backends.triton import Launch, attention_launches, store_launch
+from vllm_selfextend.backends.triton.tiles import Device
+
+TARGETS = {
+    "sm_80": Device(GPUTarget("cuda", 80, 32), 108),
+    "sm_89": Device(GPUTarget("cuda", 89, 32), 58),
+    "sm_90": Device(GPUTarget("cuda", 90, 32), 132),
+    "sm_100": Device(GPUTarget("cuda", 100, 32), 148),
+    "sm_120": Device(GPUTarget("cuda", 120, 32), 170),
+    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 304),
+}
+"""A100, L4, H100, B200, RTX 5090, MI300X."""
+
+SHARED_MEMORY_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+"""What a program can have: CUDA C++ Programming Guide, compute capabilities; CDNA 3 instruction set, LDS."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.bfloat16, "float32": torch.float32}
+"""Of the queries, by the name of the cache's; fp8 is beside bfloat16."""
+
+ALL = list(TARGETS)
+HEAD_SIZES = [64, 80, 96, 128, 256]
+CACHES = ["bfloat16", "float16", "fp8"]
+
+MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)")
+SPILL = re.compile(r"\b(STL|LDL|scratch_store\w*|scratch_load\w*)\b")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """What is compiled: a launch of a step of a model's layer."""
+
+    target: str
+    head_size: int
+    cache: str
+    step: str
+    heads: int
+    group_size: int
+
+    def launches(self) -> Iterator[Launch]:
+        """The launches of the step; a split decode has two."""
+        dtype, num_kv_heads = DTYPES[self.cache], 8
+        # A short batch of decodes shares contexts among programs, a long one does not.
+        num_reqs, query_len = {"split decode": (4, 1), "decode": (256, 1), "prefill": (1, 2048)}[self.step]
+        num_tokens = num_reqs * query_len
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        batch = AttentionBatch(
+            query_start_loc=empty(num_reqs + 1),
+            seq_lens=empty(num_reqs),
+            block_table=empty(num_reqs, 1024),
+            slot_mapping=empty(num_tokens, dtype=torch.int64),
+            max_query_len=query_len,
+        )
+        params = AttentionParams(
+            scale=self.head_size**-0.5,
+            group_size=self.group_size,
+            neighbor_window=1024,
+            exact_len=8192,
+            rotation=Rotation(empty(65536, self.head_size, dtype=torch.float32)),
+        )
+        cache_dtype = torch.uint8 if self.cache == "fp8" else dtype
+        kv_cache = empty(4096, num_kv_heads, 16, 2 * self.head_size, dtype=cache_dtype)
+        query = empty(num_tokens, self.heads * num_kv_heads, self.head_size, dtype=dtype)
+        key = empty(num_tokens, num_kv_heads, self.head_size, dtype=dtype)
+        if self.step != "split decode":  # whose store is the decode's
+            yield store_launch(key, key, kv_cache, batch, params)
+        yield from attention_launches(query, kv_cache, batch, params, query, TARGETS[self.target])
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of a launch; spills are instructions that store registers to memory or load them back."""
+
+    specialisation: Specialisation
+    kernel: str
+    tiles: str
+    registers: int
+    spills: int
+    shared_memory: int
+    loops: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """What must not be."""
+        found = []
+        limit = 1024 * SHARED_MEMORY_KIB[self.specialisation.target]
+        if self.shared_memory > limit:
+            found.append(f"shared memory {self.shared_memory} of {limit} bytes")
+        if self.kernel == "attention" and self.specialisation.cache != "float32":
+            if not self.loops:
+                found.append("no matrix instructions in a loop")
+            elif self.loops[0]["spills"]:
+                found.append(f"{self.loops[0]['spills']} spills in the grouped loop")
+        return found
+
+
+class NoDevice:
+    """Stands in for the driver of a GPU that is not there, so that Triton compiles for it as at a launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(one: Specialisation) -> list[Compiled]:
+    """Compile the launches of a specialisation."""
+    target = TARGETS[one.target].target
+    triton.runtime.driver.set_active(NoDevice(target))
+    compiled = []
+    for launch in one.launches():
+        launch.kernel.device_caches.clear()  # kernels compiled for another target
+        binary = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+        tiles = [launch.arguments.get(name, 0) for name in ("BLOCK_M", "FAR_N", "NEAR_N", "num_warps")]
+        code = disassemble(binary)
+        compiled.append(
+            Compiled(
+                one,
+                kernel=launch.kernel.__name__.removesuffix("_kernel"),
+                tiles="x".join(map(str, tiles)) if all(tiles) else "",
+                registers=count_registers(binary),
+                spills=len(SPILL.findall(code)),
+                shared_memory=binary.metadata.shared,
+                loops=matrix_loops(code),
+            )
+        )
+    return compiled
+
+
+def disassemble(binary: Any) -> str:
+    """A compiled kernel's machine code as text."""
+    return binary.asm["amdgcn"] if "amdgcn" in binary.asm else _run_tool("nvdisasm", "-c", binary)
+
+
+def count_registers(binary: Any) -> int:
+    """Registers of a thread."""
+    if "amdgcn" in binary.asm:
+        found = re.search(r"\.vgpr_count:\s+(\d+)", binary.asm["amdgcn"])
+    else:
+        found = re.search(r"REG:(\d+)", _run_tool("cuobjdump", "-res-usage", binary))
+    if found is None:
+        raise RuntimeError("The disassembler does not say how many registers the kernel has.")
+    return int(found[1])
+
+
+def _run_tool(name: str, option: str, binary: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        return subprocess.run([TOOLS / name, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def matrix_loops(code: str) -> list[dict[str, Any]]:
+    """The innermost loops that have matrix instructions, in their order: what they have, how many, and spills."""
+    lines = code.splitlines()
+    labels = {match[1]: n for n, line in enumerate(lines) if (match := re.match(r"\s*(\.L\w+):", line))}
+    jumps = [
+        (n, match[1])
+        for n, line in enumerate(lines)
+        if (match := re.search(r"\bs?_?c?BRA\w*\W.*?(\.L\w+)", line, re.I))
+    ]
+    spans = sorted({(labels[label], n) for n, label in jumps if labels.get(label, n) < n})
+    inner = [
+        (begin, end)
+        for begin, end in spans
+        if not any((begin, end) != other and begin <= other[0] and other[1] <= end for other in spans)
+    ]
+    loops = []
+    for begin, end in inner:
+        body = "\n".join(lines[begin:end])
+        if matrix := MATRIX.findall(body):
+            loops.append({"instruction": matrix[0], "count": len(matrix), "spills": len(SPILL.findall(body))})
+    return loops
+
+
+def make_row(one: Compiled) -> dict[str, Any]:
+    """A kernel's line in the JSON file."""
+    row = asdict(one)
+    return {**row.pop("specialisation"), **row, "problems": one.problems}
+
+
+def result_table(target: str, results: list[Compiled]) -> Table:
+    """What became of the attention kernel, for people."""
+    title = f"{target} ({SHARED_MEMORY_KIB[target]} KiB of shared memory a program)"
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.add_column("cache")
+    table.add_column("head\nsize", justify="right")
+    table.add_column("step", no_wrap=True)
+    table.add_column("rows x keys\nx near x warps", justify="right")
+    for name in ("regis-\nters", "spills,\nin loops", "KiB"):
+        table.add_column(name, justify="right")
+    table.add_column("in the\ngrouped loop", no_wrap=True)
+    for one in results:
+        first = one.loops[0] if one.loops else {"count": "", "instruction": ""}
+        table.add_row(
+            one.specialisation.cache,
+            str(one.specialisation.head_size),
+            one.specialisation.step,
+            one.tiles,
+            str(one.registers),
+            f"{one.spills}, {sum(loop['spills'] for loop in one.loops)}",
+            f"{one.shared_memory / 1024:.0f}",
+            f"{first['count']} {first['instruction']}",
+        )
+    return table
+
+
+def main(
+    target: Annotated[list[str], typer.Option(help=f"Of {', '.join(TARGETS)}; may be given more than once.")] = ALL,
+    head_size: Annotated[list[int], typer.Option(help="May be given more than once.")] = HEAD_SIZES,
+    cache: Annotated[list[str], typer.Option(help=f"Of {', '.join(DTYPES)}; may be given more than once.")] = CACHES,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads a KV head.")] = 4,
+    group_size: Annotated[int, typer.Option(min=1)] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line a kernel to this file.")] = None,
+) -> None:
+    """Compile Self-Extend's Triton kernels for GPUs that need not be there."""
+    for name, known in [*((one, TARGETS) for one in target), *((one, DTYPES) for one in cache)]:
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}.")
+    todo = [
+        Specialisation(one, size, kind, step, heads, group_size)
+        for one in target
+        for kind in cache
+        for size in head_size
+        for step in ("split decode", "decode", "prefill")
+    ]
+    console.print(f"Triton {triton.__version__}; {heads} query heads a KV head, group size {group_size}")
+    with ProcessPoolExecutor() as pool:
+        done = track(pool.map(compile_all, todo), "compiling", total=len(todo), console=Console(stderr=True))
+        results = [compiled for several in done for compiled in several]
+    if json_file is not None:
+        json_file.write_text("".join(json.dumps(make_row(one)) + "\n" for one in results), encoding="utf-8")
+    for name in target:
+        of_target = [one for one in results if one.specialisation.target == name]
+        console.print(result_table(name, [one for one in of_target if one.kernel == "attention"]))
+        others = [one for one in of_target if one.kernel != "attention"]
+        registers, spills = max(one.registers for one in others), sum(one.spills for one in others)
+        console.print(f"{len(others)} store and merge kernels: at most {registers} registers, {spills} spills.\n")
+    problems = [(one, problem) for one in results for problem in one.problems]
+    for one, problem in problems:
+        console.print(f"{one.specialisation}: {one.kernel}: {problem}", style="red")
+    if problems:
+        raise typer.Exit(1)
+    console.print(f"{len(results)} kernels: no spills in a grouped loop, shared memory suffices.")
+
+
+if __name__ == "__main__":
+    typer.run(main)
