@@ -27,16 +27,18 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
     plan = worker_plan(vllm_config)
     # Probing a model's rotary code may make vLLM's custom ops, which ask for the current config.
     with set_current_vllm_config(vllm_config):
-        bind_model(model_runner.get_model(), vllm_config.model_config, plan)
+        # A stage of a pipeline may have nothing but layers with sliding windows, and so may a draft.
+        is_whole = vllm_config.parallel_config.pipeline_parallel_size == 1
+        bind_model(model_runner.get_model(), vllm_config.model_config, plan, must_extend=is_whole)
         drafter = getattr(model_runner, "drafter", None) or getattr(model_runner, "speculator", None)
         if isinstance(draft := getattr(drafter, "model", None), nn.Module):
-            bind_model(draft, vllm_config.speculative_config.draft_model_config, plan, is_draft=True)
+            bind_model(draft, vllm_config.speculative_config.draft_model_config, plan, must_extend=False)
 
 
-def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan, *, is_draft: bool = False) -> None:
+def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan, *, must_extend: bool) -> None:
     """Check and lengthen every rotary table of `model`, and give each full-attention layer its rotation.
 
-    A model without such a layer is refused, unless it is a draft model: drafts change the speed, never the answers.
+    With `must_extend`, a model without such a layer is refused.
     """
     name, config = model_config.model, model_config.hf_text_config
     known: dict[int, ModelRotation] = {}
@@ -64,7 +66,7 @@ def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan,
             tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(next(model.parameters()).device)
         layer.impl.bind(Rotation(tables[key], rotation.interleaved))
         bound += 1
-    if bound == 0 and not is_draft:
+    if bound == 0 and must_extend:
         raise ValueError(
             f"Self-Extend cannot serve {name}: none of its attention layers sees the whole context, so there is "
             "nothing to extend. If they use a sliding window, add --disable-sliding-window."

@@ -150,8 +150,8 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
     if kernels == "triton" and capability is not None and capability < LOWEST_CAPABILITY:
         raise ValueError(
             f"Self-Extend cannot run on this GPU: its compute capability is {capability.major}.{capability.minor}, and "
-            f"the triton kernels need {LOWEST_CAPABILITY.major}.{LOWEST_CAPABILITY.minor} (Ampere) or more. Use a newer "
-            "GPU; setting self_extend.kernel to 'reference' would do, slowly."
+            f"the triton kernels need {LOWEST_CAPABILITY.major}.{LOWEST_CAPABILITY.minor} (Ampere) or more. Use a "
+            "newer GPU; setting self_extend.kernel to 'reference' would do, slowly."
         )
     fastest = FASTEST.get(device.type)
     if kernels == "reference" and plan.kernel == "auto" and fastest is not None:

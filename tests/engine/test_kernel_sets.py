@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.v1.attention.backend import AttentionCGSupport
 
+from vllm_selfextend.attention import SelfExtendMetadataBuilder
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.demo.passkey import make_prompt
 
@@ -73,9 +75,9 @@ def test_an_fp8_cache_still_finds_the_keys(kernel: str, start_engine: Callable) 
 
 
 def test_triton_kernels_agree_in_chunks_batches_and_on_a_prefix_hit(start_engine: Callable) -> None:
-    # The small model's trained length is 256; chunks of 128, so that blocks of it are hit.
+    # The small model's trained length is 256: within it, past it, and far past it, in chunks of 128.
     rng = random.Random(6)
-    prompts = [make_prompt(length, 1, 0.5, rng) for length in (40, 300)]
+    prompts = [make_prompt(length, 1, 0.5, rng) for length in (40, 300, 500)]
     texts = [*(prompt.text for prompt in prompts), prompts[1].text]
     sampling = SamplingParams(temperature=0.0, max_tokens=5)
 
@@ -83,17 +85,19 @@ def test_triton_kernels_agree_in_chunks_batches_and_on_a_prefix_hit(start_engine
         llm = start_engine(
             MODEL_DIR,
             attention_backend="CUSTOM",
-            max_model_len=320,
+            max_model_len=520,
             max_num_batched_tokens=128,
             skip_tokenizer_init=False,
             additional_config={"self_extend": {"kernel": kernel}},
         )
         assert kernel_modules(llm) == {f"vllm_selfextend.backends.{kernel}"}
-        first = llm.generate(texts[:2], sampling, use_tqdm=False)
-        again = llm.generate(texts[2:], sampling, use_tqdm=False)
+        support = SelfExtendMetadataBuilder.get_cudagraph_support(llm.llm_engine.vllm_config, None)
+        assert support == (AttentionCGSupport.ALWAYS if kernel == "triton" else AttentionCGSupport.NEVER)
+        first = llm.generate(texts[:3], sampling, use_tqdm=False)
+        again = llm.generate(texts[3:], sampling, use_tqdm=False)
         assert again[0].num_cached_tokens > 0
         return [output.outputs[0].text.strip() for output in first + again]
 
     native = run("cpu")
-    assert native == [prompts[0].answer, prompts[1].answer, prompts[1].answer]
+    assert native == [*(prompt.answer for prompt in prompts), prompts[1].answer]
     assert run("triton") == native

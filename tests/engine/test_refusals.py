@@ -3,15 +3,20 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import vllm_selfextend.backends as backends
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms.interface import DeviceCapability
 
 from vllm_selfextend import binding, engine_args, plugin, rotary_modules
+from vllm_selfextend.engine_args import worker_plan
 from vllm_selfextend.rotary import inverse_frequencies
+from vllm_selfextend.support import unsupported_reason
 
 from .models import SHAPE
 
@@ -100,6 +105,29 @@ def test_context_parallelism(tmp_path: Path) -> None:
         configure(tmp_path, LLAMA, **parallel)
 
 
+def test_drafts_that_write_the_cache_themselves(tmp_path: Path) -> None:
+    vllm_config = configure(tmp_path, LLAMA)
+    speculative = SimpleNamespace(method="dflash")
+    parallel = vllm_config.parallel_config
+    reason = unsupported_reason(
+        SimpleNamespace(parallel_config=parallel, speculative_config=speculative), worker_plan(vllm_config)
+    )
+    assert reason is not None
+    assert "the drafts of speculative method 'dflash' write the cache themselves" in reason
+
+
+def test_gpus_that_are_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: DeviceCapability(7, 5))
+    monkeypatch.setattr(engine_args, "current_platform", old)
+    triton = {"self_extend": {"kernel": "triton"}}
+    with pytest.raises(
+        ValueError, match=r"its compute capability is 7\.5, and the triton kernels need 8\.0 \(Ampere\)"
+    ):
+        configure(tmp_path, LLAMA, additional_config=triton)
+    old.get_device_capability = lambda: DeviceCapability(8, 0)
+    assert configure(tmp_path, LLAMA, additional_config=triton)
+
+
 def test_settings(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="self_extend has no setting 'group'; the settings are group_size, "):
         configure(tmp_path, LLAMA, additional_config={"self_extend": {"group": 8}})
@@ -154,6 +182,17 @@ def test_a_wrong_rotation_cannot_serve(checkpoint: Callable, monkeypatch: pytest
 def test_a_layer_without_a_rotary_module_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binding, "_uses_rope", lambda block: False)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.attn: this layer uses no rotary embedding"):
+        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+
+
+def test_values_of_another_size_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(self: Attention, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.head_size_v = 16
+
+    original = Attention.__init__
+    monkeypatch.setattr(Attention, "__init__", build)
+    with pytest.raises(ValueError, match=r"model\.layers\.0.*has keys of 32 and values of 16 dimensions"):
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
 
 

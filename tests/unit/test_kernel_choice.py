@@ -13,6 +13,11 @@ def test_auto_is_the_native_kernels_on_a_cpu() -> None:
     assert load_kernels("auto", CPU) is backends.KERNELS["cpu"]
 
 
+def test_auto_is_triton_on_a_gpu_and_pytorch_elsewhere() -> None:
+    assert choose_kernels("auto", CUDA) == "triton"
+    assert choose_kernels("auto", torch.device("xpu")) == "reference"
+
+
 def test_names_are_taken_at_their_word() -> None:
     assert load_kernels("reference", CPU) is reference
     assert choose_kernels("reference", CUDA) == "reference"

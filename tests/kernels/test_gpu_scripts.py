@@ -1,0 +1,49 @@
+"""The scripts for GPUs, as far as they go without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_script(name: str, *options: str, interpret: bool) -> str:
+    environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "COLUMNS": "200"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / name), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_kernels_compile_for_gpus_without_spills_in_loops(tmp_path: Path) -> None:
+    targets = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+    options = [f"--target={name}" for name in targets]
+    options += ["--head-size=64", "--head-size=128", "--head-size=256", "--cache=bfloat16", "--cache=fp8"]
+    run_script("triton_compile.py", *options, "--json", str(tmp_path / "rows"), interpret=False)
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    attention = [row for row in rows if row["kernel"] == "attention"]
+    assert len(attention) == len(targets) * 3 * 2 * 3
+    for row in rows:
+        # The grouped run's loop, the mixed tiles' and the neighbors'.
+        assert len(row["loops"]) == (3 if row["kernel"] == "attention" else 0), row
+        assert not any(loop["spills"] for loop in row["loops"]), row
+        assert not row["problems"], row
+    for row in attention:
+        if row["step"] == "prefill":
+            assert row["loops"][0]["instruction"] == targets[row["target"]], row
+            assert row["spills"] == 0 or row["target"] not in ("sm_90", "sm_100"), row
+
+
+def test_a_target_that_is_not_known_is_an_error(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "triton_compile.py"), "--target", "sm_75"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "'sm_75' is not one of sm_80" in done.stderr
+
+
+def test_the_gpu_benchmarks_check_of_the_kernels() -> None:
+    printed = run_script("gpu.py", "--correctness-only", interpret=True)
+    assert printed.count("right") >= 16
+    assert "wrong" not in printed.lower()
