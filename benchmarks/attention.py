@@ -13,13 +13,11 @@ call to call, ours and stock's alike.
 import functools
 import itertools
 import json
-import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -34,24 +32,26 @@ from rich.table import Table
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import machine
+from layers import (
+    SHORTEST_TRAINED_LENGTH,
+    DType,
+    Heads,
+    check_same,
+    dtype_name,
+    rotation_table,
+    three_digits,
+    trained_length,
+)
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 from vllm_selfextend.backends import AttentionBatch, AttentionParams, Kernels, Rotation, load_kernels
 
-from vllm_selfextend.positions import capacity
-from vllm_selfextend.rotary import cos_sin
-
-SHORTEST_TRAINED_LENGTH = 4096
-ROPE_BASE = 10000.0
 SLOPE_FROM = 8192  # contexts long enough for time to grow with them in a straight line
 
 ENOUGH_SECONDS = 1.0
 TOO_MANY_SECONDS = 15.0
 FEWEST_ROUNDS = 3
-
-SAME_ANSWER = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""How far two kernels' answers may be apart: the norm of the difference over the norm of one."""
 
 WORK = {
     "decode": "of keys and values read",
@@ -64,14 +64,6 @@ console = Console()
 errors = Console(stderr=True)
 
 
-class DType(str, Enum):
-    """What the queries and the cache may be in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 DEFAULT_DTYPES = [DType.FLOAT32, DType.BFLOAT16]
 
 
@@ -82,17 +74,6 @@ class Load(NamedTuple):
     batch: int
     query_len: int
     context: int
-
-
-class Heads(NamedTuple):
-    """The shape of a layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-
-    def __str__(self) -> str:
-        return f"{self.num_heads}/{self.num_kv_heads}x{self.head_size}"
 
 
 ISSUE = (
@@ -127,11 +108,7 @@ class Case:
 
     @property
     def trained_length(self) -> int:
-        """The smallest power of two, 4,096 or more, from which the group size and window reach the context."""
-        length = SHORTEST_TRAINED_LENGTH
-        while capacity(length, self.group_size, self.neighbor_window) < self.load.context:
-            length *= 2
-        return length
+        return trained_length(self.load.context, self.group_size, self.neighbor_window)
 
     @property
     def num_blocks(self) -> int:
@@ -177,7 +154,6 @@ class SelfExtend:
 
     def __init__(self, case: Case, kernels: Kernels) -> None:
         size = case.heads.head_size
-        frequencies = ROPE_BASE ** (-torch.arange(0, size, 2, dtype=torch.float32) / size)
         self.kernels = kernels
         self.cache = case.make_cache()
         self.params = AttentionParams(
@@ -185,7 +161,7 @@ class SelfExtend:
             group_size=case.group_size,
             neighbor_window=case.neighbor_window,
             exact_len=case.trained_length,
-            rotation=Rotation(cos_sin(frequencies, 0, case.load.context)),
+            rotation=Rotation(rotation_table(case.load.context, size)),
         )
 
     def store(self, key: torch.Tensor, value: torch.Tensor, step: AttentionBatch) -> Callable[[], None]:
@@ -262,7 +238,7 @@ def measure(case: Case, kernels: Kernels, repeats: int) -> tuple[float, float]:
     calls = [system.attention(query, step, out) for system, out in zip(systems, outs, strict=True)]
     ours, stock = medians(calls, repeats)
     if case.load.context <= case.trained_length:
-        check_same(case, *outs)
+        check_same(f"{case}: our answer", *outs)
     return ours, stock
 
 
@@ -290,19 +266,11 @@ def _milliseconds(call: Callable[[], None]) -> float:
     return 1e3 * (time.perf_counter() - begin)
 
 
-def check_same(case: Case, ours: torch.Tensor, stock: torch.Tensor) -> None:
-    """Refuse to time two kernels that do not compute the same where they should."""
-    error = float((ours.float() - stock.float()).norm() / stock.float().norm())
-    # Not `error > ...`, which lets NaN through.
-    if not error <= SAME_ANSWER[case.dtype]:
-        raise RuntimeError(f"{case}: our answer is off vLLM's by {error:.1e} of its norm.")
-
-
 def make_row(case: Case, device: str, ours: float, stock: float) -> dict[str, Any]:
     """A case's line in the JSON file."""
     return {
         "device": device,
-        "dtype": _name(case.dtype),
+        "dtype": dtype_name(case.dtype),
         **case.load._asdict(),
         **case.heads._asdict(),
         "group_size": case.group_size,
@@ -313,14 +281,10 @@ def make_row(case: Case, device: str, ours: float, stock: float) -> dict[str, An
     }
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def result_table(dtype: torch.dtype, phase: str, results: Sequence[tuple[Case, dict[str, Any]]]) -> Table:
     """Times and rates, for people."""
     unit = "GFLOP/s" if phase == "prefill" else "GB/s"
-    table = _table(f"{phase}, {_name(dtype)} ({unit} {WORK[phase]})")
+    table = _table(f"{phase}, {dtype_name(dtype)} ({unit} {WORK[phase]})")
     shape, times = ("batch", "new", "context", "heads/kv\nx size"), ("ours\nms", "vLLM\nms", "speedup")
     for name in (*shape, *times, f"ours\n{unit}", f"vLLM\n{unit}"):
         table.add_column(name, justify="right")
@@ -331,11 +295,11 @@ def result_table(dtype: torch.dtype, phase: str, results: Sequence[tuple[Case, d
             f"{case.load.query_len:,}",
             f"{case.load.context:,}",
             str(case.heads),
-            _three_digits(ours),
-            _three_digits(stock),
+            three_digits(ours),
+            three_digits(stock),
             f"{stock / ours:.2f}",
-            _three_digits(case.work / ours / 1e6),
-            _three_digits(case.work / stock / 1e6),
+            three_digits(case.work / ours / 1e6),
+            three_digits(case.work / stock / 1e6),
         )
     return table
 
@@ -343,11 +307,6 @@ def result_table(dtype: torch.dtype, phase: str, results: Sequence[tuple[Case, d
 def _table(title: str) -> Table:
     """A table whose nine columns fit into 80 characters."""
     return Table(title=title, box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-
-
-def _three_digits(number: float) -> str:
-    """Three significant digits, four where the first is a thousand or more, at most three decimals."""
-    return f"{number:,.{min(3, max(0, 2 - math.floor(math.log10(number))))}f}"
 
 
 def slope_table(results: Sequence[tuple[Case, dict[str, Any]]]) -> Table:
@@ -358,7 +317,7 @@ def slope_table(results: Sequence[tuple[Case, dict[str, Any]]]) -> Table:
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for case, row in results:
         if (case.load.phase, case.load.batch) == ("decode", 1) and case.load.context >= SLOPE_FROM:
-            lines.setdefault((_name(case.dtype), str(case.heads)), []).append(row)
+            lines.setdefault((dtype_name(case.dtype), str(case.heads)), []).append(row)
     for layer, rows in lines.items():
         if len(rows) > 1:
             thousands = [row["context"] / 1000 for row in rows]
@@ -408,7 +367,7 @@ def main(
         bar = progress.add_task("", total=len(cases))
         for case in cases:
             load = case.load
-            now = f"{_name(case.dtype)} {load.phase} {load.batch} x {load.query_len} of {load.context:,} tokens"
+            now = f"{dtype_name(case.dtype)} {load.phase} {load.batch} x {load.query_len} of {load.context:,} tokens"
             progress.update(bar, description=now)
             row = make_row(case, machine.device(threads), *measure(case, kernels, repeats))
             results.append((case, row))

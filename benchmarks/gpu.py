@@ -25,7 +25,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -42,13 +41,18 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import gpu_correctness
 import gpu_machine
 import gpu_others
+from layers import (
+    SHORTEST_TRAINED_LENGTH,
+    DType,
+    Heads,
+    check_same,
+    dtype_name,
+    rotation_table,
+    three_digits,
+    trained_length,
+)
 
 from backends import AttentionBatch, AttentionParams, Kernels, Rotation, load_kernels
-from vllm_selfextend.positions import capacity
-from vllm_selfextend.rotary import cos_sin
-
-SHORTEST_TRAINED_LENGTH = 4096
-ROPE_BASE = 10000.0
 
 L2_CACHES = 3  # what a graph's calls read, in L2 caches
 MOST_COPIES = 16
@@ -56,19 +60,8 @@ ENOUGH_GRAPH_MS = 0.5  # a graph much shorter than that would wait for its launc
 MOST_CALLS = 200
 SPARE_BYTES = 6 << 30
 
-SAME_ANSWER = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""How far two kernels' answers may be apart: the norm of the difference over the norm of one."""
-
 console = Console()
 errors = Console(stderr=True)
-
-
-class DType(str, Enum):
-    """What the queries and the cache may be in."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 class Load(NamedTuple):
@@ -107,14 +100,6 @@ LAYERS, QUICK_LAYERS = 10, 5
 """How many of `gpu_correctness.layers` are checked."""
 
 
-class Heads(NamedTuple):
-    """The shape of a layer."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-
-
 @dataclass(frozen=True)
 class Case:
     """What is timed: a load on a layer."""
@@ -132,11 +117,7 @@ class Case:
 
     @property
     def trained_length(self) -> int:
-        """The smallest power of two, 4,096 or more, from which the group size and window reach the context."""
-        length = SHORTEST_TRAINED_LENGTH
-        while capacity(length, self.group_size, self.neighbor_window) < self.load.context:
-            length *= 2
-        return length
+        return trained_length(self.load.context, self.group_size, self.neighbor_window)
 
     @property
     def num_blocks(self) -> int:
@@ -187,14 +168,13 @@ class Case:
 
     def params(self, device: torch.device) -> AttentionParams:
         """The layer; its table has a row for every position."""
+        num_steps = max(self.load.context, self.neighbor_window + 1)
         return AttentionParams(
             scale=self.heads.head_size**-0.5,
             group_size=self.group_size,
             neighbor_window=self.neighbor_window,
             exact_len=self.trained_length,
-            rotation=Rotation(
-                _cos_sin(max(self.load.context, self.neighbor_window + 1), self.heads.head_size).to(device)
-            ),
+            rotation=Rotation(_table_on(device, num_steps, self.heads.head_size)),
         )
 
     def make_cache(self, num_blocks: int, device: torch.device) -> torch.Tensor:
@@ -226,9 +206,8 @@ class Case:
 
 
 @functools.lru_cache(maxsize=1)
-def _cos_sin(num_steps: int, head_size: int) -> torch.Tensor:
-    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-    return cos_sin(frequencies, 0, num_steps)
+def _table_on(device: torch.device, num_steps: int, head_size: int) -> torch.Tensor:
+    return rotation_table(num_steps, head_size).to(device)
 
 
 class Times(NamedTuple):
@@ -279,7 +258,7 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
         try:
             calls = [other(query, cache, step, case.load.context) for query, step in zip(queries, steps, strict=True)]
             systems[1][0]()
-            check_same(case, outs[0], calls[0]())
+            check_same("its answer", calls[0](), outs[0])
             graphs.append(capture(calls, num_calls))
             kept_alive.append(calls)
             names.append(name)
@@ -301,14 +280,6 @@ def others_of(case: Case) -> dict[str, gpu_others.Other]:
     return gpu_others.DECODE if case.load.phase == "decode" else gpu_others.PREFILL
 
 
-def check_same(case: Case, ours: torch.Tensor, other: torch.Tensor) -> None:
-    """Refuse to time a kernel that does not compute the same."""
-    error = float((ours.float() - other.float()).norm() / other.float().norm())
-    # Not `error > ...`, which lets NaN through.
-    if not error <= SAME_ANSWER[case.dtype]:
-        raise RuntimeError(f"its answer is off ours at G = 1 by {error:.1e} of its norm.")
-
-
 class Result(NamedTuple):
     """A case, the time predicted for it and its times, ms."""
 
@@ -326,8 +297,8 @@ class Result(NamedTuple):
         case = self.case
         return {
             "device": device,
-            "dtype": _name(case.dtype),
-            "cache_dtype": _name(case.cache_dtype),
+            "dtype": dtype_name(case.dtype),
+            "cache_dtype": dtype_name(case.cache_dtype),
             **{name: value for name, value in case.load._asdict().items() if name != "is_fp8"},
             **case.heads._asdict(),
             "group_size": case.group_size,
@@ -345,18 +316,13 @@ class Result(NamedTuple):
         }
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def result_table(phase: str, results: Sequence[Result]) -> Table:
     """Times, rates and ratios of one phase and cache dtype, for people."""
     case = results[0].case
     unit = "TFLOP/s" if phase == "prefill" else "GB/s"
     shape = {"decode": ("batch", "context"), "prefill": ("new", "context"), "store": ("batch", "new")}[phase]
-    cache = f", {_name(case.cache_dtype)} cache" if case.load.is_fp8 else ""
-    heads = f"{case.heads.num_heads}/{case.heads.num_kv_heads} heads x {case.heads.head_size}"
-    title = f"{phase}, {_name(case.dtype)}{cache}, {heads}, G {case.group_size}, W {case.neighbor_window:,}"
+    cache = f", {dtype_name(case.cache_dtype)} cache" if case.load.is_fp8 else ""
+    title = f"{phase}, {dtype_name(case.dtype)}{cache}, {case.heads}, G {case.group_size}, W {case.neighbor_window:,}"
     columns = [*shape, "bound\nms", "ours\nms", "G = 1\nms", f"ours\n{unit}", "of\nbound", "of\nG = 1"]
     if any(result.fastest for result in results):
         columns += ["of\nother", "other\nms", "fastest\nother"]
@@ -368,11 +334,11 @@ def result_table(phase: str, results: Sequence[Result]) -> Table:
         load["new"] = load["query_len"]
         done = result.case.operations / 1e3 if phase == "prefill" else result.case.num_bytes
         cells = [f"{load[name]:,}" for name in shape]
-        cells += [_three_digits(time) for time in (result.bound, ours, result.times.ordinary, done / ours / 1e6)]
+        cells += [three_digits(time, 4) for time in (result.bound, ours, result.times.ordinary, done / ours / 1e6)]
         cells += [f"{time / ours:.2f}" for time in (result.bound, result.times.ordinary)]
         if result.fastest:
             which, other = result.fastest
-            cells += [f"{other / ours:.2f}", _three_digits(other), which]
+            cells += [f"{other / ours:.2f}", three_digits(other, 4), which]
         table.add_row(*cells)
     return table
 
@@ -380,11 +346,6 @@ def result_table(phase: str, results: Sequence[Result]) -> Table:
 def _table(title: str) -> Table:
     """A table whose columns fit into 80 characters."""
     return Table(title=title, box=rich.box.SIMPLE_HEAD, padding=0, pad_edge=False)
-
-
-def _three_digits(number: float) -> str:
-    """Three significant digits, four where the first is a thousand or more, at most four decimals."""
-    return f"{number:,.{min(4, max(0, 2 - math.floor(math.log10(number))))}f}"
 
 
 def aims_table(results: Sequence[Result], machine: gpu_machine.Machine) -> Table:

@@ -1,0 +1,72 @@
+"""What the kernel benchmarks share: the layers they time, when two answers are the same, and numbers for people."""
+
+import math
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from vllm_selfextend.positions import capacity
+from vllm_selfextend.rotary import cos_sin
+
+SHORTEST_TRAINED_LENGTH = 4096
+ROPE_BASE = 10000.0
+
+SAME_ANSWER = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""How far two kernels' answers may be apart: the norm of the difference over the norm of one."""
+
+
+class DType(str, Enum):
+    """What the queries and the cache may be in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Heads(NamedTuple):
+    """The shape of a layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    def __str__(self) -> str:
+        return f"{self.num_heads}/{self.num_kv_heads}x{self.head_size}"
+
+
+def trained_length(context: int, group_size: int, neighbor_window: int) -> int:
+    """The smallest power of two, 4,096 or more, from which the group size and window reach the context."""
+    length = SHORTEST_TRAINED_LENGTH
+    while capacity(length, group_size, neighbor_window) < context:
+        length *= 2
+    return length
+
+
+def rotation_table(num_steps: int, head_size: int) -> torch.Tensor:
+    """Cosines and sines of that many steps, all dimensions rotated."""
+    frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
+    return cos_sin(frequencies, 0, num_steps)
+
+
+def check_same(what: str, answer: torch.Tensor, other: torch.Tensor) -> None:
+    """Refuse to time two kernels that do not compute the same where they should.
+
+    Raises:
+        RuntimeError: `answer` is off `other`; the message begins with `what`.
+
+    """
+    error = float((answer.float() - other.float()).norm() / other.float().norm())
+    # Not `error > ...`, which lets NaN through.
+    if not error <= SAME_ANSWER[answer.dtype]:
+        raise RuntimeError(f"{what} is off by {error:.1e} of its norm.")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without the module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def three_digits(number: float, decimals: int = 3) -> str:
+    """Three significant digits, four where the first is a thousand or more, at most so many decimals."""
+    return f"{number:,.{min(decimals, max(0, 2 - math.floor(math.log10(number))))}f}"
