@@ -145,7 +145,7 @@ def attention_kernel(
         # From `near_begin` on, every row has neighbors only.
         if GROUP_SIZE > 1:
             far_end = tl.maximum(first_position - NEIGHBOR_WINDOW + 1, 0) // FAR_N * FAR_N
-            near_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), FAR_N) * FAR_N
+            near_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), NEAR_N) * NEAR_N
             if EXACT_LEN > 0:
                 far_end = tl.where(first_position < EXACT_LEN, 0, far_end)
                 near_begin = tl.where(last_position < EXACT_LEN, 0, near_begin)
@@ -173,6 +173,12 @@ def attention_kernel(
             cosine, sine = load_cos_sin(cos_sin, tl.abs(steps), query_mask, pairs, ROTARY_DIM)
             sine = tl.where(steps < 0, -1.0, 1.0)[:, None] * sine
             far_first, far_second = turn(q_first, q_second, cosine, sine, DTYPE)
+            # Both halves as one: `[BLOCK_M, pairs, 2]` to `[BLOCK_M, 2 * pairs]`.
+            far = tl.reshape(tl.permute(tl.join(far_first, far_second), (0, 2, 1)), (BLOCK_M, 2 * HALF_PADDED))
+            halves = tl.arange(0, 2 * HALF_PADDED)[None, :]
+            halves_mask = halves % HALF_PADDED < half
+            if HALF_PADDED > half:
+                halves = tl.where(halves < HALF_PADDED, halves, halves - HALF_PADDED + half)
         if ROTARY_DIM < HEAD_SIZE:
             q_rest = tl.load(from_query + rests * query_dim_stride, mask=row_mask[:, None] & rest_mask, other=0.0)
 
@@ -227,12 +233,10 @@ def attention_kernel(
                     )
                     scores = multiply(q_rest, tl.trans(k_rest), scores, IS_INTERPRETED)
                 if ROTARY_DIM > 0:
-                    pairs_mask = key_mask[:, None] & pair_mask
-                    k_first = load_kv(slot + pairs, pairs_mask, kind != FAR or MASKS_PAIRS, DTYPE, IS_FP8, HAS_FP8)
-                    k_second = load_kv(
-                        slot + half + pairs, pairs_mask, kind != FAR or MASKS_PAIRS, DTYPE, IS_FP8, HAS_FP8
-                    )
                     if kind != FAR:
+                        pairs_mask = key_mask[:, None] & pair_mask
+                        k_first = load_kv(slot + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
+                        k_second = load_kv(slot + half + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
                         lag = keys - keys // GROUP_SIZE
                         key_cosine, key_sine = load_cos_sin(cos_sin, lag, pairs_mask, pairs, ROTARY_DIM)
                         k_first32, k_second32 = k_first.to(tl.float32), k_second.to(tl.float32)
@@ -240,8 +244,9 @@ def attention_kernel(
                         near = multiply(near_first, tl.trans(turned_first), scores, IS_INTERPRETED)
                         near = multiply(near_second, tl.trans(turned_second), near, IS_INTERPRETED)
                     if kind != NEAR:
-                        scores = multiply(far_first, tl.trans(k_first), scores, IS_INTERPRETED)
-                        scores = multiply(far_second, tl.trans(k_second), scores, IS_INTERPRETED)
+                        k_mask = key_mask[:, None] & halves_mask
+                        k = load_kv(slot + halves, k_mask, kind != FAR or MASKS_PAIRS, DTYPE, IS_FP8, HAS_FP8)
+                        scores = multiply(far, tl.trans(k), scores, IS_INTERPRETED)
                     if kind == MIXED:
                         is_near = position[:, None] - keys[None, :] < NEIGHBOR_WINDOW
                         is_near |= position[:, None] < EXACT_LEN
@@ -251,8 +256,9 @@ def attention_kernel(
                 if HAS_SOFT_CAP:
                     scores = tanh(scores * (row_scale / soft_cap)[:, None]) * (soft_cap * LOG2_E)
                 if kind != FAR or IS_WINDOWED:
+                    # Keys from `end` on lie behind every row, or, where programs share a context, in no tile.
                     distance = position[:, None] - keys[None, :]
-                    seen = (distance >= 0) & key_mask[None, :]
+                    seen = distance >= 0
                     if IS_WINDOWED:
                         seen &= distance < SLIDING_WINDOW
                     scores = tl.where(seen, scores, float("-inf"))

@@ -23,7 +23,8 @@ def to_fp8(x):
 def from_fp8(byte, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
     """What the bytes mean, in `DTYPE`; `NATIVE` says whether the GPU has instructions for it."""
     if NATIVE:
-        return byte.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+        # Through float32: there is no fast way from float16, which it comes to first, to bfloat16.
+        return byte.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32).to(DTYPE)
     # The sign and the seven bits below it, moved to where float32 has them; the exponent's bias grows by 120.
     bits = (byte.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78100000
     value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36

@@ -111,10 +111,10 @@ def prefill_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, devic
         return Tiles(max(32, at_least), 16, 16, 3, 1, 8)
     if device.target.backend == "hip":
         return Tiles(max(64, at_least), *((64, 32) if head_size <= 128 else (32, 16)), 2, 2, 4)
+    if device.has_wgmma:
+        return Tiles(128, 64, 64, 5, 3, 8) if head_size <= 128 else Tiles(128, 32, 16, 3, 1, 8)
     if head_size <= 64:
         return Tiles(128, 64, 32, 5, 5, 8)
-    if device.has_wgmma:
-        return Tiles(128, 64, 32, 5, 5, 8) if head_size <= 128 else Tiles(128, 32, 16, 3, 1, 8)
     if head_size <= 128:
         return Tiles(max(64, at_least), 32, 16, 5, 3, 8 if is_fp8 else 4)
     return Tiles(max(32, at_least), 32, 16, 3, 1, 8)
