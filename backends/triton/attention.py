@@ -177,7 +177,7 @@ def attention_kernel(
             far = tl.reshape(tl.permute(tl.join(far_first, far_second), (0, 2, 1)), (BLOCK_M, 2 * HALF_PADDED))
             halves = tl.arange(0, 2 * HALF_PADDED)[None, :]
             halves_mask = halves % HALF_PADDED < half
-            if HALF_PADDED > half:
+            if half < HALF_PADDED:
                 halves = tl.where(halves < HALF_PADDED, halves, halves - HALF_PADDED + half)
         if ROTARY_DIM < HEAD_SIZE:
             q_rest = tl.load(from_query + rests * query_dim_stride, mask=row_mask[:, None] & rest_mask, other=0.0)
