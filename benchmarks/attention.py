@@ -39,6 +39,7 @@ from layers import (
     check_same,
     dtype_name,
     rotation_table,
+    step_tensors,
     three_digits,
     trained_length,
 )
@@ -62,7 +63,6 @@ WORK = {
 
 console = Console()
 errors = Console(stderr=True)
-
 
 DEFAULT_DTYPES = [DType.FLOAT32, DType.BFLOAT16]
 
@@ -133,16 +133,8 @@ class Case:
 
     def make_step(self, block_table: torch.Tensor, query_len: int) -> AttentionBatch:
         """The step in which the last `query_len` tokens of each request in `block_table` are new."""
-        num_reqs = len(block_table)
-        positions = torch.arange(self.load.context - query_len, self.load.context)
-        slots = block_table[:, positions // self.block_size].long() * self.block_size + positions % self.block_size
-        return AttentionBatch(
-            query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32) * query_len,
-            seq_lens=torch.full((num_reqs,), self.load.context, dtype=torch.int32),
-            block_table=block_table,
-            slot_mapping=slots.flatten(),
-            max_query_len=query_len,
-        )
+        tensors = step_tensors(block_table, self.load.context, query_len, self.block_size)
+        return AttentionBatch(**tensors, max_query_len=query_len)
 
     def draw(self, step: AttentionBatch, num_heads: int) -> torch.Tensor:
         """Random queries, keys or values of a step's new tokens."""

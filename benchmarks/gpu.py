@@ -48,6 +48,7 @@ from layers import (
     check_same,
     dtype_name,
     rotation_table,
+    step_tensors,
     three_digits,
     trained_length,
 )
@@ -186,18 +187,8 @@ class Case:
 
     def make_step(self, block_table: torch.Tensor, workspace: torch.Tensor) -> AttentionBatch:
         """The step in which the last `query_len` tokens of each request in `block_table` are new."""
-        _, batch, query_len, context, _ = self.load
-        device = block_table.device
-        positions = torch.arange(context - query_len, context, device=device)
-        slots = block_table[:, positions // self.block_size].long() * self.block_size + positions % self.block_size
-        return AttentionBatch(
-            query_start_loc=torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len,
-            seq_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
-            block_table=block_table,
-            slot_mapping=slots.flatten(),
-            max_query_len=query_len,
-            workspace=workspace,
-        )
+        tensors = step_tensors(block_table, self.load.context, self.load.query_len, self.block_size)
+        return AttentionBatch(**tensors, max_query_len=self.load.query_len, workspace=workspace)
 
     def draw(self, num_heads: int, device: torch.device) -> torch.Tensor:
         """Random queries, keys or values of a step's new tokens."""
