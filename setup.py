@@ -1,4 +1,4 @@
-"""Packaging: `backends/` is installed as the package `vllm_selfextend.backends`, with C++ kernels if they build."""
+"""Packaging, with C++ kernels if they build. `vllm_selfextend/backends` is a link to `backends/`: one name everywhere."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ from setuptools.errors import BaseError, CCompilerError
 
 VLLM = ">=0.32,<0.34"
 
-CPU = Path("backends/cpu")
+CPU = Path("vllm_selfextend/backends/cpu")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 # kernel.cpp is compiled once for each: its name, what it calls itself, the compiler's options. On Arm, NEON is a given.
 INSTRUCTION_SETS: list[tuple[str, str, list[str]]] = [("portable", "kPortable", [])]
@@ -80,7 +80,6 @@ setup(
         "vllm_selfextend.backends.triton",
         "vllm_selfextend.demo",
     ],
-    package_dir={"vllm_selfextend": "vllm_selfextend", "vllm_selfextend.backends": "backends"},
     package_data={"vllm_selfextend": ["py.typed"], "vllm_selfextend.demo": ["model/*"]},
     ext_modules=[
         Extension(
