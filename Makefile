@@ -1,5 +1,6 @@
 # make demo   see a model trained on 256 tokens find a passkey in 4,000
-# make test   run every test          make lint   run every static check
+# make check  run every static check and the unit tests, in less than a minute
+# make test   run every test          make test-gpu   run those that need a GPU
 # make sanitize   run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make benchmark  time the kernels and the engine against stock vLLM
 # All of them set up .venv first, and are quick the second time.
@@ -11,7 +12,7 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: install demo test lint sanitize benchmark format train clean
+.PHONY: install demo check test test-gpu lint sanitize benchmark format train clean
 .DEFAULT_GOAL := demo
 
 install: .venv/.installed
@@ -30,10 +31,17 @@ CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 	touch $@
 
 demo: install
-	$(BIN)/vllm-selfextend demo --output demo-results
+	@$(BIN)/vllm-selfextend demo --output demo-results
+
+check: lint
+	$(BIN)/pytest -q tests/unit
 
 test: install
 	$(BIN)/pytest $(TESTS)
+
+# On a GPU machine, with the PyTorch that is there: needs torch, triton and pytest, neither vLLM nor this package.
+test-gpu:
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu
 
 lint: install
 	$(BIN)/ruff check .
@@ -53,8 +61,8 @@ SANITIZERS = LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -p
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
 benchmark: install
-	$(BIN)/python benchmarks/attention.py --suite all --store
-	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python -m benchmarks.attention --suite all --store
+	$(BIN)/python -m benchmarks.engine
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -62,7 +70,7 @@ format: install
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 train: install
-	$(BIN)/python benchmarks/train_demo_model.py
+	$(BIN)/python -m benchmarks.train_demo_model
 
 clean:
 	rm -rf .venv build demo-results *.egg-info

@@ -1,82 +1,108 @@
-"""Self-Extend's kernels. They know tensors only and can be used, tested and timed without vLLM."""
+"""Self-Extend's kernels. They know tensors only and can be used, tested and timed without vLLM.
 
-import torch
+This is the registry of kernel sets: importing it loads none of them, nor torch. `interface.py` says what a set offers.
+"""
 
-from . import reference
-from .interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
-KERNEL_NAMES = ("cpu", "triton", "reference")
-"""What a user can ask for, besides `"auto"`."""
+if TYPE_CHECKING:
+    import torch
 
-KERNELS: dict[str, Kernels] = {"reference": reference}
-"""The kernel sets that this installation has, by name."""
+    from .interface import Kernels
 
-MISSING: dict[str, str] = {}
-"""Those it lacks, and why."""
 
-try:
+def _cpu() -> "Kernels":
     from . import cpu
 
-    KERNELS["cpu"] = cpu
-except ImportError as error:
-    MISSING["cpu"] = str(error)
-try:
+    return cpu
+
+
+def _triton() -> "Kernels":
     from . import triton
 
-    KERNELS["triton"] = triton
-except ImportError as error:
-    MISSING["triton"] = str(error)
+    return triton
 
-FASTEST = {"cpu": "cpu", "cuda": "triton"}
-"""By device type; PyTorch calls AMD's GPUs cuda too."""
 
-HOW_TO_GET = {  # a sentence without its stop
-    "cpu": "They are built when vllm-selfextend is installed with a C++ compiler and pip install "
-    "--no-build-isolation, against the torch that is there",
-    "triton": "pip install triton",
+def _reference() -> "Kernels":
+    from . import reference
+
+    return reference
+
+
+class KernelSet(NamedTuple):
+    """What loads a kernel set, and the type of device that `"auto"` means it on; None: where no other set loads."""
+
+    load: Callable[[], "Kernels"]
+    device_type: str | None
+
+
+KERNEL_SETS: dict[str, KernelSet] = {
+    "cpu": KernelSet(_cpu, "cpu"),
+    "triton": KernelSet(_triton, "cuda"),  # PyTorch calls AMD's GPUs cuda too
+    "reference": KernelSet(_reference, None),
 }
+"""By name; of sets for the same device the faster one comes first."""
+
+KERNEL_CHOICES = ("auto", *KERNEL_SETS)
+"""What a user can ask for."""
 
 
-def choose_kernels(name: str, device: torch.device) -> str:
-    """The name of the kernel set that `name` means on `device`: itself, or for `"auto"` the fastest there is.
+class Choice(NamedTuple):
+    """The kernel set that a name means on a device; `missing` says why each faster one cannot be loaded."""
+
+    name: str
+    kernels: "Kernels"
+    missing: dict[str, str]
+
+
+def load_kernels(name: str) -> "Kernels":
+    """The kernel set of that name.
 
     Raises:
-        ValueError: There is no kernel set of that name, or it does not run on `device`.
+        ValueError: There is none.
         RuntimeError: It was not built when this package was installed, or cannot be loaded.
 
     """
-    if name == "auto":
-        best = FASTEST.get(device.type, "reference")
-        return best if best in KERNELS else "reference"
-    if name not in KERNEL_NAMES:
-        raise ValueError(f"kernel is {name!r}; it must be one of {', '.join(['auto', *KERNEL_NAMES])}.")
-    if name == "cpu" and device.type != "cpu":
-        raise ValueError(f"kernel is 'cpu', which cannot run on the device {device}; leave it 'auto'.")
-    if name in MISSING:
+    if name not in KERNEL_SETS:
+        raise ValueError(f"kernel is {name!r}; it must be one of {', '.join(KERNEL_CHOICES)}.")
+    try:
+        return KERNEL_SETS[name].load()
+    except ImportError as error:
         raise RuntimeError(
-            f"kernel is {name!r}, but those kernels cannot be loaded: {MISSING[name]}. {HOW_TO_GET[name]}; or set "
-            "kernel to 'reference'."
+            f"kernel is {name!r}, but those kernels cannot be loaded: {error}; or set kernel to 'reference'."
+        ) from error
+
+
+def choose_kernels(name: str, device: "torch.device", capability: tuple[int, int] | None = None) -> Choice:
+    """The kernel set that `name` means on `device`: the one of that name, or for `"auto"` the fastest that loads.
+
+    Args:
+        name: One of `KERNEL_CHOICES`.
+        device: Where the tensors will be.
+        capability: The compute capability of an NVIDIA GPU, if it is one and known. (Asking torch for it would
+            initialize CUDA, which a process that is going to fork must not.)
+
+    Raises:
+        ValueError: There is no kernel set of that name, or it cannot run on `device`.
+        RuntimeError: It cannot be loaded.
+
+    """
+    missing: dict[str, str] = {}
+    chosen, kernels = name, None
+    if name == "auto":
+        chosen = "reference"
+        for candidate, (load, device_type) in KERNEL_SETS.items():
+            if device_type == device.type:
+                try:
+                    chosen, kernels = candidate, load()
+                    break
+                except ImportError as error:
+                    missing[candidate] = str(error)
+    kernels = kernels or load_kernels(chosen)
+    if problem := kernels.unsupported_device(device, capability):
+        raise ValueError(
+            f"the {chosen} kernels cannot run on the device {device}: {problem}. Leave kernel 'auto', or set it to "
+            "'reference', which runs anywhere, slowly."
         )
-    if name == "triton" and device.type == "cpu" and not triton.IS_INTERPRETED:
-        raise ValueError("kernel is 'triton', which runs on a CPU under TRITON_INTERPRET=1 only; leave it 'auto'.")
-    return name
-
-
-def load_kernels(name: str, device: torch.device) -> Kernels:
-    """The kernel set that `name` means on `device`; raises like `choose_kernels`."""
-    return KERNELS[choose_kernels(name, device)]
-
-
-__all__ = [
-    "FASTEST",
-    "HOW_TO_GET",
-    "KERNELS",
-    "KERNEL_NAMES",
-    "MISSING",
-    "AttentionBatch",
-    "AttentionParams",
-    "Kernels",
-    "Rotation",
-    "choose_kernels",
-    "load_kernels",
-]
+    return Choice(chosen, kernels, missing)

@@ -13,11 +13,31 @@ rotated at their true positions: `q = R(i) q0`, `k = R(j) k0`. Rotations add, so
     neighbor score          q . (R(d(j)) k')
 """
 
+import bisect
 import functools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+
+MAX_POSITIONS = 2**31 - 1
+"""Positions are int32."""
+
+Positions = TypeVar("Positions", int, torch.Tensor)
+
+
+def lag(positions: Positions, group_size: int) -> Positions:
+    """`d(p)`: how far a token's group position lags behind its position."""
+    return positions - positions // group_size
+
+
+def num_rotation_steps(num_positions: int, group_size: int, neighbor_window: int) -> int:
+    """How many rows of `Rotation.cos_sin` re-rotating positions below `num_positions` needs.
+
+    Queries and keys are turned by `d(p)` at most, queries by `W - W // G = d(W)` too; the CPU kernels turn 16 keys
+    after another by up to `d(16)`.
+    """
+    return lag(max(num_positions, neighbor_window, 16), group_size) + 1
 
 
 @dataclass(frozen=True)
@@ -25,8 +45,8 @@ class Rotation:
     """The rotary embedding of a layer, as far as re-rotating needs it.
 
     Attributes:
-        cos_sin: `[num_steps, rotary_dim]`, float32 (float64 for an oracle): row `t` holds the cosines, then the sines,
-            of `t * inv_freq`. `num_steps` is larger than every `d(p)` and than `W - W // G`.
+        cos_sin: `[num_rotation_steps(...), rotary_dim]`, float32 (float64 for an oracle): row `t` holds the cosines,
+            then the sines, of `t * inv_freq`.
         interleaved: True if dimensions `2n` and `2n + 1` form a pair (GPT-J), False if `n` and `n + rotary_dim / 2` do
             (GPT-NeoX).
 
@@ -49,7 +69,7 @@ class AttentionParams:
         soft_cap: If not 0, scores become `soft_cap * tanh(score / soft_cap)`.
         sliding_window: If not 0, a query sees the keys with `i - j < sliding_window` only.
         rotation: Needed where `group_size` is above 1.
-        sinks: `[num_heads]` or None: a logit a head that takes part in the softmax and adds nothing to the output.
+        sinks: `[num_heads]` or None: a logit per head that takes part in the softmax and adds nothing to the output.
         k_scale: An 8-bit cache holds keys divided by it.
         v_scale: An 8-bit cache holds values divided by it.
 
@@ -77,6 +97,23 @@ class AttentionParams:
         if self.rotation is None:
             raise ValueError(f"group_size is {self.group_size}, and re-rotating needs params.rotation, which is None.")
         return self.rotation
+
+    @functools.cached_property
+    def num_positions(self) -> int:
+        """How many positions of a sequence the layer can take: as many as the rows of `rotation.cos_sin` reach.
+
+        0 if the rows do not even reach the window's rotation.
+        """
+        if self.group_size == 1:
+            return MAX_POSITIONS
+        num_steps = self.required_rotation().cos_sin.shape[0]
+        # The inverse of `num_rotation_steps`, which grows with the positions.
+        num_reached = bisect.bisect_right(
+            range(MAX_POSITIONS + 1),
+            num_steps,
+            key=lambda num_positions: num_rotation_steps(num_positions, self.group_size, self.neighbor_window),
+        )
+        return max(num_reached - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -113,15 +150,32 @@ class AttentionBatch:
 
 
 class Kernels(Protocol):
-    """The two calls every kernel set offers, what they take, and what they need; a module can be one.
+    """The two calls every kernel set offers, and what it says of itself; a module can be one.
 
     The cache has the queries' dtype, or is float8_e4m3fn (as such, or as the uint8 that vLLM makes of it). It is
     `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block, so what one set
     stored only the same set can read.
+
+    Attributes:
+        IS_CAPTURABLE: Whether a CUDA graph of the calls can be replayed with any other batch: then they follow from
+            shapes, and never look at a batch from the host.
+
     """
 
-    def supports_head_size(self, head_size: int) -> bool:
-        """Whether the calls take heads of this size."""
+    IS_CAPTURABLE: bool
+
+    def unsupported_device(self, device: torch.device, capability: tuple[int, int] | None) -> str | None:
+        """Why the calls cannot run on `device`; None if they can.
+
+        Args:
+            device: Where the tensors will be.
+            capability: Its compute capability, if it is an NVIDIA GPU and that is known.
+
+        """
+        ...
+
+    def unsupported_head_size(self, head_size: int) -> str | None:
+        """Why the calls do not take heads of this size; None if they do."""
         ...
 
     def workspace_size(self, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:

@@ -9,15 +9,23 @@ import math
 
 import torch
 
-from .interface import AttentionBatch, AttentionParams, Rotation
+from .interface import AttentionBatch, AttentionParams, Rotation, lag
 
 MAX_ELEMENTS = 1 << 20
 """How many scores, or gathered cache values, are held at once (a single query's are always)."""
 
+IS_CAPTURABLE = False
+"""See `interface.Kernels`."""
 
-def supports_head_size(head_size: int) -> bool:
-    """See `interface.Kernels.supports_head_size`."""
-    return True
+
+def unsupported_device(device: torch.device, capability: tuple[int, int] | None) -> str | None:
+    """See `interface.Kernels.unsupported_device`."""
+    return None
+
+
+def unsupported_head_size(head_size: int) -> str | None:
+    """See `interface.Kernels.unsupported_head_size`."""
+    return None
 
 
 def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
@@ -35,7 +43,7 @@ def store_kv(
     """See `interface.Kernels.store_kv`."""
     block_size, head_size = kv_cache.shape[2], key.shape[2]
     if params.group_size > 1:
-        steps = _lag(batch.positions, params.group_size)
+        steps = lag(batch.positions, params.group_size)
         key = rotate(key.to(_compute_dtype(key)), -steps[:, None], params.required_rotation())
     stored = batch.slot_mapping >= 0
     slots = batch.slot_mapping[stored]
@@ -163,7 +171,8 @@ def _attend(
     else:
         weights = scores.softmax(dim=-1)
     weights = weights.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).flatten(2, 3)
-    return (weights @ value).unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
+    answer: torch.Tensor = (weights @ value).unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
+    return answer
 
 
 def _self_extend_scores(
@@ -179,11 +188,11 @@ def _self_extend_scores(
     # Keys before this column are no query's neighbors.
     column = 0 if bool(exact.any()) else max(0, int(query_pos.min()) - window + 1 - int(key_pos[0]))
     near, near_pos = key[:, :, column:], key_pos[column:]
-    neighbor = _scores(query, rotate(near, _lag(near_pos, group), rotation))
+    neighbor = _scores(query, rotate(near, lag(near_pos, group), rotation))
     is_neighbor = (query_pos[:, :, None] - near_pos < window) | exact[:, :, None]
     if column == 0 and bool(is_neighbor.all()):
         return neighbor
-    shift = window - window // group - _lag(query_pos, group)
+    shift = window - window // group - lag(query_pos, group)
     grouped_query = rotate(query, shift[:, :, None], rotation)
     scores = _scores(grouped_query, key)
     scores[..., column:] = torch.where(is_neighbor[:, None], neighbor, scores[..., column:])
@@ -194,7 +203,8 @@ def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """`[requests, rows, heads, size]` by `[requests, kv heads, keys, size]` to `[requests, heads, rows, keys]`."""
     num_kv_heads, rows = key.shape[1], query.shape[1]
     packed = query.transpose(1, 2).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
-    return (packed @ key.transpose(2, 3)).unflatten(2, (-1, rows)).flatten(1, 2)
+    scores: torch.Tensor = (packed @ key.transpose(2, 3)).unflatten(2, (-1, rows)).flatten(1, 2)
+    return scores
 
 
 def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Tensor:
@@ -214,11 +224,6 @@ def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Te
 def _to_fp8(x: torch.Tensor) -> torch.Tensor:
     """The bytes of `x` in float8_e4m3fn; what is too large becomes the largest."""
     return x.float().clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
-
-
-def _lag(positions: torch.Tensor, group_size: int) -> torch.Tensor:
-    """`d(p)`: how far a token's group position lags behind its position."""
-    return positions - positions // group_size
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -1,10 +1,10 @@
-"""Kernel against kernel: Self-Extend's attention and stock vLLM's on a CPU, `python benchmarks/attention.py`.
+"""Kernel against kernel: Self-Extend's attention and stock vLLM's on a CPU, `python -m benchmarks.attention`.
 
 Both have caches of the same size that hold the same keys and values in blocks in the same random order, and are called
 in turns in one process: ours, stock, ours, stock, and so on. A time is the median of a case's calls.
 
 What is measured is one layer's attention call on a cache that has been filled, and with `--store` the call that fills
-it. Stock's scheduler metadata is made once a case, outside the measured calls, as vLLM makes it once a step for all
+it. Stock's scheduler metadata is made once per case, outside the measured calls, as vLLM makes it once per step for all
 layers; ours has none, so whatever our kernels work out about a step is measured. Where the context is within the
 trained length both must give the same answer, and that is checked. Short contexts stay in the processor's caches from
 call to call, ours and stock's alike.
@@ -31,8 +31,12 @@ from rich.table import Table
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import machine
-from layers import (
+from vllm import _custom_ops as ops
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from benchmarks import machine
+from benchmarks.layers import (
     SHORTEST_TRAINED_LENGTH,
     DType,
     Heads,
@@ -43,10 +47,8 @@ from layers import (
     three_digits,
     trained_length,
 )
-from vllm import _custom_ops as ops
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-from vllm_selfextend.backends import AttentionBatch, AttentionParams, Kernels, Rotation, load_kernels
+from vllm_selfextend.backends import choose_kernels
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation, num_rotation_steps
 
 SLOPE_FROM = 8192  # contexts long enough for time to grow with them in a straight line
 
@@ -146,6 +148,7 @@ class SelfExtend:
 
     def __init__(self, case: Case, kernels: Kernels) -> None:
         size = case.heads.head_size
+        num_steps = num_rotation_steps(case.load.context, case.group_size, case.neighbor_window)
         self.kernels = kernels
         self.cache = case.make_cache()
         self.params = AttentionParams(
@@ -153,7 +156,7 @@ class SelfExtend:
             group_size=case.group_size,
             neighbor_window=case.neighbor_window,
             exact_len=case.trained_length,
-            rotation=Rotation(rotation_table(case.load.context, size)),
+            rotation=Rotation(rotation_table(num_steps, size)),
         )
 
     def store(self, key: torch.Tensor, value: torch.Tensor, step: AttentionBatch) -> Callable[[], None]:
@@ -331,14 +334,14 @@ def main(
     head_size: Annotated[int, typer.Option(min=1, help="The same.")] = 128,
     group_size: Annotated[int, typer.Option(min=1)] = 8,
     neighbor_window: Annotated[int, typer.Option(min=1, max=SHORTEST_TRAINED_LENGTH - 1)] = 1024,
-    block_size: Annotated[int, typer.Option(min=16, help="Tokens a cache block.")] = 128,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line a case to this file.")] = None,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens per cache block.")] = 128,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line per case to this file.")] = None,
 ) -> None:
     """Time Self-Extend's attention against stock vLLM's, on a CPU."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     current_platform.import_kernels()
-    kernels = load_kernels(kernel, torch.device("cpu"))
+    kernels = choose_kernels(kernel, torch.device("cpu")).kernels
     dtypes = [getattr(torch, name.value) for name in dtype]
     chosen = Heads(num_heads, num_kv_heads, head_size)
     loads = [(load, chosen) for load in ISSUE] if suite != "shapes" else []

@@ -1,4 +1,4 @@
-"""Whole engine against whole engine: vLLM with Self-Extend and without on a CPU, `python benchmarks/engine.py`.
+"""Whole engine against whole engine: vLLM with Self-Extend and without on a CPU, `python -m benchmarks.engine`.
 
 Both serve the same small random Llama, shaped so that attention is most of the work, whose config allows the lengths
 that stock vLLM is asked for. Each engine has a process of its own; both stay up and take rounds in turns (stock, ours,
@@ -27,12 +27,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import machine
 import rich.box
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from benchmarks import machine
 
 VOCAB_SIZE = 1024
 NUM_LAYERS = 2
@@ -84,7 +85,7 @@ def run_round(prompts: list[list[int]], new_tokens: int) -> Round:
     longer, cached = generate(prompts, 1 + new_tokens)
     shorter, also_cached = generate(prompts, 1)
     if not all(len(prompts[0]) - count <= BLOCK_SIZE for count in cached + also_cached):
-        raise RuntimeError(f"Of {len(prompts[0])} tokens a prompt, the cache held but {cached} and {also_cached}.")
+        raise RuntimeError(f"Of {len(prompts[0])} tokens per prompt, the cache held but {cached} and {also_cached}.")
     return Round(prefill, longer - shorter, peak_mb())
 
 
@@ -96,7 +97,8 @@ def generate(prompts: list[list[int]], max_tokens: int) -> tuple[float, list[int
     begin = time.perf_counter()
     outputs = llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)
     seconds = time.perf_counter() - begin
-    assert all(len(output.outputs[0].token_ids) == max_tokens for output in outputs)
+    if any(len(output.outputs[0].token_ids) != max_tokens for output in outputs):
+        raise RuntimeError(f"An answer has not {max_tokens} tokens.")
     return seconds, [output.num_cached_tokens for output in outputs]
 
 
@@ -214,7 +216,7 @@ def result_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(
     tokens: Annotated[int, typer.Option(min=BLOCK_SIZE, help="Of a prompt.")] = 8192,
-    sequences: Annotated[int, typer.Option(min=1, help="Prompts a round, all at once.")] = 4,
+    sequences: Annotated[int, typer.Option(min=1, help="Prompts per round, all at once.")] = 4,
     new_tokens: Annotated[int, typer.Option(min=1, help="Counted new tokens of a sequence, decode load.")] = 128,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     dtype: Annotated[list[DType], typer.Option(help="May be given more than once.")] = DEFAULT_DTYPES,
@@ -223,7 +225,7 @@ def main(
     trained_length: Annotated[int, typer.Option(min=1)] = TRAINED_LENGTH,
     group_size: Annotated[int, typer.Option(min=1)] = 8,
     neighbor_window: Annotated[int, typer.Option(min=1)] = 1024,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line a load and dtype.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line per load and dtype.")] = None,
 ) -> None:
     """Time a vLLM engine with Self-Extend against one without, on a CPU."""
     set_environment(threads)

@@ -1,7 +1,7 @@
-"""Our Triton kernels on a GPU: are they right, and how near do they come to what it can do? `python benchmarks/gpu.py`.
+"""Our Triton kernels on a GPU: are they right, and how near do they come to what it can do? `python -m benchmarks.gpu`.
 
-Needs torch, triton, typer and rich, neither vLLM nor an installed package. Correctness first (`gpu_correctness.py`),
-then decode, prefill and store, one layer's call each:
+Needs torch, triton, typer and rich, neither vLLM nor an installed package. Correctness first (`tests/gpu`), then
+decode, prefill and store, one layer's call each:
 
 - **Bound** is the time that was predicted beforehand: bytes over the GPU's measured bandwidth (of a copy) or operations
   over its measured matrix rate, whichever is longer. Bytes are those of keys, values, queries and outputs, once each;
@@ -22,7 +22,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +34,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-import gpu_correctness
-import gpu_machine
-import gpu_others
-from layers import (
+from benchmarks import gpu_correctness, gpu_machine, gpu_others
+from benchmarks.layers import (
     SHORTEST_TRAINED_LENGTH,
     DType,
     Heads,
@@ -52,8 +48,10 @@ from layers import (
     three_digits,
     trained_length,
 )
-
-from backends import AttentionBatch, AttentionParams, Kernels, Rotation, load_kernels
+from tests.gpu.checks import NUM_LAYERS, NUM_SMALL_LAYERS
+from tests.gpu.graphs import capture
+from vllm_selfextend.backends import choose_kernels
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation, num_rotation_steps
 
 L2_CACHES = 3  # what a graph's calls read, in L2 caches
 MOST_COPIES = 16
@@ -96,9 +94,6 @@ QUICK_LOADS = {
     "prefill": (Load("prefill", 1, 8192, 8192), Load("prefill", 1, 2048, 32768 + 2048)),
     "store": STORE,
 }
-
-LAYERS, QUICK_LAYERS = 10, 5
-"""How many of `gpu_correctness.layers` are checked."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ class Case:
 
     @property
     def cos_sin_bytes(self) -> int:
-        """Bytes of cosines and sines that a decode's neighbors need: a row a key, request and KV head."""
+        """Bytes of cosines and sines that a decode's neighbors need: a row per key, request and KV head."""
         is_exact = self.load.context <= self.trained_length
         neighbors = self.load.context if is_exact else min(self.neighbor_window, self.load.context)
         return self.load.batch * self.heads.num_kv_heads * neighbors * self.heads.head_size * 4
@@ -168,8 +163,8 @@ class Case:
         return min(MOST_COPIES, -(-L2_CACHES * l2_bytes // self.num_bytes))
 
     def params(self, device: torch.device) -> AttentionParams:
-        """The layer; its table has a row for every position."""
-        num_steps = max(self.load.context, self.neighbor_window + 1)
+        """The layer."""
+        num_steps = num_rotation_steps(self.load.context, self.group_size, self.neighbor_window)
         return AttentionParams(
             scale=self.heads.head_size**-0.5,
             group_size=self.group_size,
@@ -242,7 +237,7 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
         ]
     num_calls = min(MOST_CALLS, math.ceil(ENOUGH_GRAPH_MS / machine.predicted_ms(case.num_bytes, case.operations)))
     num_calls = max(copies, num_calls)
-    graphs = [capture(calls, num_calls) for calls in systems]
+    graphs = [capture_turns(calls, num_calls) for calls in systems]
     kept_alive: list[list[gpu_others.Call]] = []  # by their calls, tensors that a graph uses
     names, notes = [], {}
     for name, other in others_of(case).items():
@@ -250,7 +245,7 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
             calls = [other(query, cache, step, case.load.context) for query, step in zip(queries, steps, strict=True)]
             systems[1][0]()
             check_same("its answer", calls[0](), outs[0])
-            graphs.append(capture(calls, num_calls))
+            graphs.append(capture_turns(calls, num_calls))
             kept_alive.append(calls)
             names.append(name)
         except Exception as error:  # what another library cannot do is no reason to stop
@@ -259,9 +254,9 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
     return Times(self_extend, ordinary, dict(zip(names, others, strict=True)), notes)
 
 
-def capture(calls: Sequence[Callable[[], object]], num_calls: int) -> Callable[[], None]:
+def capture_turns(calls: Sequence[Callable[[], object]], num_calls: int) -> Callable[[], None]:
     """`num_calls` calls, these in turns, as one graph."""
-    return gpu_machine.capture(list(itertools.islice(itertools.cycle(calls), num_calls)))
+    return capture(list(itertools.islice(itertools.cycle(calls), num_calls)))
 
 
 def others_of(case: Case) -> dict[str, gpu_others.Other]:
@@ -387,22 +382,6 @@ class Output:
         return Progress(*columns, console=errors)
 
 
-def run_correctness(kernels: Kernels, device: torch.device, name: str, count: int, output: Output) -> bool:
-    """Check, print, and say whether all is right."""
-    results = []
-    with output.progress() as progress:
-        bar = progress.add_task("correctness", total=gpu_correctness.num_cases(count))
-        for result in gpu_correctness.check(kernels, device, count):
-            results.append(result)
-            output.write(result.row(name))
-            progress.update(bar, advance=1, description=f"correctness: {result.batch}, {result.layer.variant}")
-    console.print(gpu_correctness.result_table(results))
-    wrong = [result for result in results if result.problem]
-    for result in wrong:
-        console.print(f"WRONG: {result.batch}, {result.layer}: {result.problem}", markup=False)
-    return not wrong
-
-
 def run_phase(
     phase: str,
     cases: Sequence[Case],
@@ -452,8 +431,8 @@ def main(
     head_size: Annotated[int, typer.Option(min=1)] = 128,
     group_size: Annotated[int, typer.Option(min=2)] = 8,
     neighbor_window: Annotated[int, typer.Option(min=1, max=SHORTEST_TRAINED_LENGTH - 1)] = 1024,
-    block_size: Annotated[int, typer.Option(min=16, help="Tokens a cache block.")] = 16,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line a case to this file.")] = None,
+    block_size: Annotated[int, typer.Option(min=16, help="Tokens per cache block.")] = 16,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line per case to this file.")] = None,
 ) -> None:
     """Check and time the Triton kernels on this machine's GPU."""
     suite = "correctness" if correctness_only else suite
@@ -464,14 +443,13 @@ def main(
             "interpret (TRITON_INTERPRET=1)."
         )
         raise typer.Exit(1)
-    kernels = load_kernels("triton", device)
+    kernels = choose_kernels("triton", device).kernels
     torch.manual_seed(0)
     output = Output(json_file)
     all_right = True
     if suite in ("correctness", "all"):
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, Triton's interpreter"
-        count = QUICK_LAYERS if quick or device.type == "cpu" else LAYERS
-        all_right = run_correctness(kernels, device, name, count, output)
+        num_layers = NUM_SMALL_LAYERS if quick or device.type == "cpu" else NUM_LAYERS
+        all_right = gpu_correctness.run(kernels, device, num_layers, console, output.progress(), output.write)
     if suite != "correctness":
         timed = getattr(torch, dtype.value)
         machine = gpu_machine.measure(timed)

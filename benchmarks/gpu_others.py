@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from backends import AttentionBatch
+from vllm_selfextend.backends.interface import AttentionBatch
 
 FLASHINFER_WORKSPACE_BYTES = 128 << 20
 

@@ -1,4 +1,4 @@
-"""Train the small passkey model that ships with the package: `python benchmarks/train_demo_model.py`.
+"""Train the small passkey model that ships with the package: `python -m benchmarks.train_demo_model`.
 
 A Llama of 0.8 M parameters that never sees more than 256 tokens. About 10 minutes on two cores; the same seed on the
 same machine gives the same weights. The result is an ordinary `transformers` checkpoint.

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for GPUs that need not be there: `python benchmarks/triton_compile.py`.
+"""Compile the Triton kernels for GPUs that need not be there: `python -m benchmarks.triton_compile`.
 
 Every specialisation that serving a common model would compile is compiled, for each target, from the very launches that
 serving makes, on tensors without data. Shown are registers, spills, shared memory, and which matrix instructions the
@@ -30,8 +30,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
-from vllm_selfextend.backends import AttentionBatch, AttentionParams, Rotation
-from vllm_selfextend.backends.triton import Launch, attention_launches, store_launch
+
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Rotation
+from vllm_selfextend.backends.triton.launches import Launch, attention_launches, store_launch
 from vllm_selfextend.backends.triton.tiles import Device
 
 TARGETS = {
@@ -226,7 +227,7 @@ def make_row(one: Compiled) -> dict[str, Any]:
 
 def result_table(target: str, results: list[Compiled]) -> Table:
     """What became of the attention kernel, for people."""
-    title = f"{target} ({SHARED_MEMORY_KIB[target]} KiB of shared memory a program)"
+    title = f"{target} ({SHARED_MEMORY_KIB[target]} KiB of shared memory per program)"
     table = Table(title=title, box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("cache")
     table.add_column("head\nsize", justify="right")
@@ -254,14 +255,17 @@ def main(
     target: Annotated[list[str], typer.Option(help=f"Of {', '.join(TARGETS)}; may be given more than once.")] = ALL,
     head_size: Annotated[list[int], typer.Option(help="May be given more than once.")] = HEAD_SIZES,
     cache: Annotated[list[str], typer.Option(help=f"Of {', '.join(DTYPES)}; may be given more than once.")] = CACHES,
-    heads: Annotated[int, typer.Option(min=1, help="Query heads a KV head.")] = 4,
+    heads: Annotated[int, typer.Option(min=1, help="Query heads per KV head.")] = 4,
     group_size: Annotated[int, typer.Option(min=1)] = 8,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line a kernel to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write one JSON line per kernel to this file.")
+    ] = None,
 ) -> None:
     """Compile Self-Extend's Triton kernels for GPUs that need not be there."""
-    for name, known in [*((one, TARGETS) for one in target), *((one, DTYPES) for one in cache)]:
-        if name not in known:
-            raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}.")
+    for chosen, known in ((target, list(TARGETS)), (cache, list(DTYPES))):
+        for name in chosen:
+            if name not in known:
+                raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}.")
     todo = [
         Specialisation(one, size, kind, step, heads, group_size)
         for one in target
@@ -269,7 +273,7 @@ def main(
         for size in head_size
         for step in ("split decode", "decode", "prefill")
     ]
-    console.print(f"Triton {triton.__version__}; {heads} query heads a KV head, group size {group_size}")
+    console.print(f"Triton {triton.__version__}; {heads} query heads per KV head, group size {group_size}")
     with ProcessPoolExecutor() as pool:
         done = track(pool.map(compile_all, todo), "compiling", total=len(todo), console=Console(stderr=True))
         results = [compiled for several in done for compiled in several]

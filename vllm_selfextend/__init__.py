@@ -1,0 +1,44 @@
+"""Self-Extend for vLLM: a plugin, its command line, and the few names below for programs.
+
+Stable, that is, changed only with a note in the version that changes it: the names in `__all__`; the settings in
+`additional_config["self_extend"]`; the command `vllm-selfextend`, its options and the JSON it prints. Everything else,
+`vllm_selfextend.backends` with its kernels included, may change with any version.
+
+Importing this loads neither torch nor vLLM; a name is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import SelfExtendConfig
+    from .plan import ExtensionPlan
+    from .planning import PlanReport, plan_report
+
+    __version__: str
+
+_MODULES = {
+    "ExtensionPlan": ".plan",
+    "PlanReport": ".planning",
+    "SelfExtendConfig": ".config",
+    "plan_report": ".planning",
+}
+"""Where each name is defined."""
+
+__all__ = ["ExtensionPlan", "PlanReport", "SelfExtendConfig", "__version__", "plan_report"]
+
+
+if not TYPE_CHECKING:  # a type checker would take every name for one that exists
+
+    def __getattr__(name: str) -> object:
+        if name in _MODULES:
+            return getattr(importlib.import_module(_MODULES[name], __name__), name)
+        if name == "__version__":
+            from importlib.metadata import version
+
+            return version("vllm-selfextend")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

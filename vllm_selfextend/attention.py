@@ -21,8 +21,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from .backends import AttentionBatch, AttentionParams, Rotation, choose_kernels, load_kernels
-from .engine_args import worker_plan
+from .backends import load_kernels
+from .backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from .plan import read_plan
 
 
 class SelfExtendBackend(AttentionBackend):
@@ -77,7 +78,7 @@ class SelfExtendMetadata(AttentionMetadata):
 
 
 class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
-    """Turns vLLM's common metadata into the kernels' batch, once a step for all layers.
+    """Turns vLLM's common metadata into the kernels' batch, once per step for all layers.
 
     The batch refers to vLLM's persistent buffers and to a workspace of ours and holds nothing of its own, so a captured
     CUDA graph finds the next step's requests in it, and vLLM may draft several tokens with one batch.
@@ -99,7 +100,7 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
             for layer in layers
         ]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
-        # The other kernels work a step's positions out once.
+        # The other kernels work out the positions once per step.
         self.supports_draft_decode_metadata_update = _captures_graphs(vllm_config)
 
     @classmethod
@@ -129,9 +130,8 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
 
 
 def _captures_graphs(vllm_config: VllmConfig) -> bool:
-    """Whether the kernels are those that never look at their batch from the host."""
-    device = torch.device(vllm_config.device_config.device)
-    return choose_kernels(worker_plan(vllm_config).kernel, device) == "triton"
+    """Whether the kernels never look at their batch from the host."""
+    return load_kernels(read_plan(vllm_config).kernel).IS_CAPTURABLE
 
 
 class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
@@ -164,9 +164,8 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
         self.shares_kv_cache = kv_sharing_target_layer_name is not None
-        vllm_config = get_current_vllm_config()
-        self.plan = worker_plan(vllm_config)
-        self.kernels = load_kernels(self.plan.kernel, torch.device(vllm_config.device_config.device))
+        self.plan = read_plan(get_current_vllm_config())
+        self.kernels: Kernels = load_kernels(self.plan.kernel)
         self.rotation: Rotation | None = None
         self.params: AttentionParams | None = None
 
@@ -180,7 +179,8 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.rotation = rotation
 
     def _make_params(self, layer: AttentionLayer) -> AttentionParams:
-        assert not self.extends or self.rotation, f"{layer} was not bound to its rotation after loading"
+        if self.extends and self.rotation is None:
+            raise RuntimeError(f"{layer} was not bound to its rotation after the model was loaded.")
         is_quantized = self.kv_cache_dtype.startswith("fp8")
         return AttentionParams(
             scale=self.scale,

@@ -10,9 +10,8 @@ from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 
 from .attention import SelfExtendImpl
-from .backends import Rotation
-from .config import ExtensionPlan
-from .engine_args import worker_plan
+from .backends.interface import Rotation, num_rotation_steps
+from .plan import ExtensionPlan, read_plan
 from .rotary import cos_sin
 from .rotary_modules import ModelRotation, is_vllm_rotary, lengthen_tables, transformers_rotation, vllm_rotation
 
@@ -24,7 +23,7 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
         ValueError: A layer's rotation cannot be told or is not what the config says.
 
     """
-    plan = worker_plan(vllm_config)
+    plan = read_plan(vllm_config)
     # Probing a model's rotary code may make vLLM's custom ops, which ask for the current config.
     with set_current_vllm_config(vllm_config):
         # A stage of a pipeline may have nothing but layers with sliding windows, and so may a draft.
@@ -47,9 +46,7 @@ def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan,
             with _naming(name, path):
                 known[id(module)] = vllm_rotation(module, config)
             lengthen_tables(module, known[id(module)].frequencies, plan.max_model_len)
-    # Every d(p) = p - p // G of a position, and W - W // G: row numbers of the re-rotation table.
-    last = max(plan.max_model_len, plan.neighbor_window)
-    num_steps = last - last // plan.group_size + 1
+    num_steps = num_rotation_steps(plan.max_model_len, plan.group_size, plan.neighbor_window)
     tables: dict[bytes, torch.Tensor] = {}
     bound = 0
     for path, block, layer in _attention_layers(model):

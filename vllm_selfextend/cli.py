@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .config import CONFIG_KEY, RULE_HIGH, RULE_LOW
+from .config import RULE_HIGH, RULE_LOW
 from .demo import MODEL_DIR
+from .plan import CONFIG_KEY
 
 if TYPE_CHECKING:
     from .demo.run import Result, Task
@@ -30,25 +32,29 @@ def main() -> None:
 
 @app.command()
 def demo(
-    output: Annotated[Path | None, typer.Option(help="Write results.json and accuracy.png to this folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write results, a picture and vLLM's log to this folder.")] = None,
 ) -> None:
     """Find passkeys in texts up to 16 times longer than the small model that ships with the package was trained on."""
     _need_vllm()
     from .demo import run
+    from .demo.screen import stderr_to
 
     tasks = run.make_tasks()
     results: list[Result] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors) as progress:
-        for method, label in zip(run.METHODS, ("unmodified ", "Self-Extend"), strict=True):
-            bar = progress.add_task(label, total=len(tasks))
+    folder = Path(tempfile.mkdtemp(prefix="selfextend-demo-")) if output is None else output
+    folder.mkdir(parents=True, exist_ok=True)
+    with stderr_to(folder / "vllm.log") as stderr, Progress(*columns, console=Console(file=stderr)) as progress:
+        width = max(map(len, run.METHODS.values()))
+        for method, label in run.METHODS.items():
+            bar = progress.add_task(label.ljust(width), total=len(tasks))
             results += run.run_method(method, tasks, functools.partial(progress.advance, bar))
     trained_length = json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
     console.print(_demo_table(results, trained_length))
     _print_example(tasks, results)
     if output is not None:
         run.write_results(results, trained_length, output)
-        console.print(f"Wrote {output / 'results.json'} and {output / 'accuracy.png'}.")
+        console.print(f"\nWrote results.json, accuracy.png and vllm.log to {output}.")
 
 
 @app.command()
@@ -60,7 +66,7 @@ def plan(
     trained_length: Annotated[int | None, typer.Option(min=1, help="Instead of the length vLLM derives.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what Self-Extend would do with a model at a length. Reads the model's config, not its weights."""
+    """Say what Self-Extend would do with a model at a length on this machine. Reads the config, not the weights."""
     _need_vllm()
     from .planning import plan_report
 
@@ -96,16 +102,16 @@ def _need_vllm() -> None:
 
 
 def _demo_table(results: "list[Result]", trained_length: int) -> Table:
-    from .demo.run import KEY_COUNTS, LENGTHS, accuracy
+    from .demo.run import KEY_COUNTS, LENGTHS, METHODS, accuracy
 
     table = Table(title=f"Passkeys found by a model trained on {trained_length} tokens")
     table.add_column("tokens in\nthe prompt", justify="right")
-    for method in ("unmodified", "Self-Extend"):
-        table.add_column(f"{method}\n1 key / 4 keys", justify="right")
+    for label in METHODS.values():
+        table.add_column(f"{label}\n1 key / 4 keys", justify="right")
     for num_tokens in LENGTHS:
         cells = [
             " / ".join(f"{accuracy(results, method, num_tokens, keys):.0%}" for keys in KEY_COUNTS)
-            for method in ("unmodified", "self_extend")
+            for method in METHODS
         ]
         table.add_row(f"{num_tokens:,}", *cells)
     return table
@@ -113,6 +119,8 @@ def _demo_table(results: "list[Result]", trained_length: int) -> Table:
 
 def _print_example(tasks: "list[Task]", results: "list[Result]") -> None:
     """One prompt of the longest kind, its middle left out, and both answers."""
+    from .demo.run import METHODS
+
     longest, most = max(task.num_tokens for task in tasks), max(task.num_keys for task in tasks)
     index = next(i for i, t in enumerate(tasks) if (t.num_tokens, t.num_keys) == (longest, most) and t.depth >= 0.5)
     task = tasks[index]
@@ -123,10 +131,10 @@ def _print_example(tasks: "list[Task]", results: "list[Result]") -> None:
     console.print(f"\n[bold]One of the prompts[/], {task.num_tokens:,} tokens, cut for the screen:")
     shown = f"{' '.join(words[:12])} ... {' '.join(words[begin:end])} ... {' '.join(words[-22:])}"
     console.print(shown, highlight=False, soft_wrap=True)
-    unmodified, extended = results[index], results[len(tasks) + index]
-    console.print(f"[bold]The key[/]      {task.prompt.answer}", highlight=False)
-    console.print(f"[bold]unmodified[/]   {unmodified.answer}", highlight=False)
-    console.print(f"[bold]Self-Extend[/]  {extended.answer}", highlight=False)
+    answers = {"The key": task.prompt.answer}
+    answers |= {METHODS[result.method]: result.answer for result in results[index :: len(tasks)]}
+    for label, answer in answers.items():
+        console.print(f"[bold]{label:<11}[/]  {answer}", highlight=False)
 
 
 def _plan_table(report: dict[str, Any]) -> Table:
@@ -149,8 +157,8 @@ def _plan_table(report: dict[str, Any]) -> Table:
         "chosen because": report["reason"],
         "capacity": f"{report['capacity']:,} tokens",
         "(W + (N - W)/G) / L": f"{share:.2f}, {verdict}" if report["group_size"] > 1 else "not needed",
-        "KV cache": f"{report['kv_bytes_per_token']:,} bytes a token, "
-        f"{report['kv_bytes_per_sequence'] / 2**30:,.2f} GiB a sequence of {report['max_model_len']:,} tokens",
+        "KV cache": f"{report['kv_bytes_per_token']:,} bytes per token, "
+        f"{report['kv_bytes_per_sequence'] / 2**30:,.2f} GiB per sequence of {report['max_model_len']:,} tokens",
     }
     for name, value in rows.items():
         table.add_row(name, value)

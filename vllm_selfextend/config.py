@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .backends import KERNEL_NAMES
-from .positions import capacity, smallest_group_size
-
-CONFIG_KEY = "self_extend"
-"""Where the settings live in vLLM's `additional_config`."""
+from .backends import KERNEL_CHOICES
+from .plan import CONFIG_KEY, ExtensionPlan
+from .positions import smallest_group_size
 
 RULE_LOW, RULE_HIGH = 1 / 2, 2 / 3
 """The authors' empirical rule: good answers while `W + (N - W) / G` is below one half to two thirds of `L`."""
@@ -46,13 +44,15 @@ class SelfExtendConfig:
             other = None if name == "trained_length" else "auto"
             is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
             if not is_count and value != other:
-                raise ValueError(f"self_extend.{name} is {value!r}; it must be an integer of at least 1, or {other!r}.")
+                raise ValueError(
+                    f"{CONFIG_KEY}.{name} is {value!r}; it must be an integer of at least 1, or {other!r}."
+                )
         for name in ("exact_short", "log_scale"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"self_extend.{name} is {getattr(self, name)!r}; it must be true or false.")
-        kernels = ["auto", *KERNEL_NAMES]
-        if self.kernel not in kernels:
-            raise ValueError(f"self_extend.kernel is {self.kernel!r}; it must be one of {', '.join(kernels)}.")
+                raise ValueError(f"{CONFIG_KEY}.{name} is {getattr(self, name)!r}; it must be true or false.")
+        if self.kernel not in KERNEL_CHOICES:
+            allowed = ", ".join(KERNEL_CHOICES)
+            raise ValueError(f"{CONFIG_KEY}.kernel is {self.kernel!r}; it must be one of {allowed}.")
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> "SelfExtendConfig":
@@ -73,10 +73,10 @@ class SelfExtendConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in settings:
             if key not in known:
-                raise ValueError(f"self_extend has no setting {key!r}; the settings are {', '.join(known)}.")
+                raise ValueError(f"{CONFIG_KEY} has no setting {key!r}; the settings are {', '.join(known)}.")
         return cls(**settings)
 
-    def plan(self, derived_length: int, max_model_len: int) -> "ExtensionPlan":
+    def plan(self, derived_length: int, max_model_len: int) -> ExtensionPlan:
         """Work out every number for a checkpoint of `derived_length` tokens that is to read `max_model_len`.
 
         Raises:
@@ -93,8 +93,8 @@ class SelfExtendConfig:
             chosen.append(f"neighbor window {window}: a quarter of the trained length, at most {MAX_AUTO_WINDOW}")
         if window > length:
             raise ValueError(
-                f"self_extend.neighbor_window is {window}, more than the trained length {length}: positions inside the "
-                f"window would leave the trained range. Set it to at most {length}."
+                f"{CONFIG_KEY}.neighbor_window is {window}, more than the trained length {length}: positions inside "
+                f"the window would leave the trained range. Set it to at most {length}."
             )
         if isinstance(self.group_size, int):
             group = self.group_size
@@ -114,52 +114,6 @@ class SelfExtendConfig:
         if max_model_len > plan.capacity:
             raise ValueError(_too_long(plan))
         return plan
-
-
-@dataclass(frozen=True)
-class ExtensionPlan:
-    """Every number of one served model; see `SelfExtendConfig` for those the user can set.
-
-    Attributes:
-        max_model_len: `N`, the longest sequence to be served, tokens.
-        reason: Why the numbers that the user left open are what they are.
-
-    """
-
-    max_model_len: int
-    trained_length: int
-    group_size: int
-    neighbor_window: int
-    exact_short: bool
-    log_scale: bool
-    kernel: str
-    reason: str
-
-    @property
-    def capacity(self) -> int:
-        """The longest sequence these numbers can serve, tokens."""
-        return capacity(self.trained_length, self.group_size, self.neighbor_window)
-
-    @property
-    def rule_share(self) -> float:
-        """`(W + (N - W) / G) / L`: the authors find good answers below about 1/2 to 2/3."""
-        beyond = max(0, self.max_model_len - self.neighbor_window)
-        return (self.neighbor_window + beyond / self.group_size) / self.trained_length
-
-    @property
-    def exact_len(self) -> int:
-        """Queries at positions below this one get the unmodified model's attention."""
-        return self.trained_length if self.exact_short else 0
-
-    @property
-    def log_scale_len(self) -> int:
-        """The length from which queries are scaled up by the logarithm of their position; 0 is off."""
-        return self.trained_length if self.log_scale else 0
-
-    def settings(self) -> dict[str, Any]:
-        """The plan as `additional_config["self_extend"]`: planning again from it gives the same numbers."""
-        names = [field.name for field in dataclasses.fields(SelfExtendConfig)]
-        return {name: getattr(self, name) for name in names}
 
 
 def _auto_group_size(length: int, window: int, max_model_len: int) -> tuple[int, str]:

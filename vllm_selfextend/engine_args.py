@@ -7,6 +7,7 @@ becomes the trained length `L` instead of the limit. `LLM`, `vllm serve` and Ray
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -18,20 +19,15 @@ import torch
 from vllm.config import AttentionConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
-from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from .backends import FASTEST, HOW_TO_GET, KERNELS, MISSING, choose_kernels
-from .config import CONFIG_KEY, ExtensionPlan, SelfExtendConfig
-from .support import unsupported_reason
-from .worker import SELF_EXTEND_WORKERS
+from .backends import choose_kernels
+from .config import SelfExtendConfig
+from .plan import CONFIG_KEY, ExtensionPlan, write_plan
+from .support import SELF_EXTEND_WORKERS, unsupported_reason
 
 # vLLM's logging is set up for loggers below "vllm".
 logger = init_logger("vllm.self_extend")
-
-LOWEST_CAPABILITY = DeviceCapability(8, 0)
-"""Of an NVIDIA GPU that is to run the Triton kernels: they multiply bfloat16 and copy to shared memory on the side."""
 
 
 @dataclass
@@ -114,19 +110,21 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
         ValueError: The model, or the way it is to be run, cannot work with Self-Extend.
 
     """
+    device = torch.device(vllm_config.device_config.device)
+    reason = unsupported_reason(
+        plan,
+        vllm_config.model_config,
+        device,
+        parallel_config=vllm_config.parallel_config,
+        speculative_config=vllm_config.speculative_config,
+    )
+    if reason is not None:
+        raise ValueError(f"Self-Extend cannot serve {vllm_config.model_config.model}: {reason}")
     if plan.group_size == 1:
         logger.info("Self-Extend is off: %s.", plan.reason)
     else:
-        if reason := unsupported_reason(vllm_config, plan):
-            raise ValueError(f"Self-Extend cannot serve {vllm_config.model_config.model}: {reason}")
         worker_cls = vllm_config.parallel_config.worker_cls
-        if worker_cls in SELF_EXTEND_WORKERS:
-            vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS[worker_cls]
-        elif worker_cls not in SELF_EXTEND_WORKERS.values():
-            raise ValueError(
-                f"Self-Extend cannot run in worker class {worker_cls}; the supported ones are "
-                f"{', '.join(SELF_EXTEND_WORKERS)}."
-            )
+        vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
         logger.info(
             "Self-Extend: trained length %d, group size %d, neighbor window %d, reaching %d of at most %d tokens (%s). "
             "Prompts within the trained length are answered %s.",
@@ -138,49 +136,8 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
             plan.reason,
             "as by the unmodified model" if plan.exact_short else "with grouped positions too",
         )
-    device = torch.device(vllm_config.device_config.device)
-    kernels = choose_kernels(plan.kernel, device)
-    head_size = vllm_config.model_config.get_head_size()
-    if not KERNELS[kernels].supports_head_size(head_size):
-        raise ValueError(
-            f"Self-Extend cannot serve {vllm_config.model_config.model}: its heads have {head_size} dimensions, which "
-            f"the {kernels} kernels do not take. Setting self_extend.kernel to 'reference' would do, slowly."
-        )
-    capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
-    if kernels == "triton" and capability is not None and capability < LOWEST_CAPABILITY:
-        raise ValueError(
-            f"Self-Extend cannot run on this GPU: its compute capability is {capability.major}.{capability.minor}, and "
-            f"the triton kernels need {LOWEST_CAPABILITY.major}.{LOWEST_CAPABILITY.minor} (Ampere) or more. Use a "
-            "newer GPU; setting self_extend.kernel to 'reference' would do, slowly."
-        )
-    fastest = FASTEST.get(device.type)
-    if kernels == "reference" and plan.kernel == "auto" and fastest is not None:
-        logger.warning(
-            "The %s kernels cannot be loaded (%s), so the much slower PyTorch kernels serve. %s.",
-            fastest,
-            MISSING[fastest],
-            HOW_TO_GET[fastest],
-        )
-    else:
-        logger.info("Self-Extend's attention runs on the %s kernels.", kernels)
-    vllm_config.additional_config = {**_as_dict(vllm_config.additional_config), CONFIG_KEY: plan.settings()}
-
-
-def _as_dict(additional_config: Any) -> dict[str, Any]:
-    if not isinstance(additional_config, dict):
-        raise ValueError(
-            f"additional_config is a {type(additional_config).__name__}; with Self-Extend it must be a dict, since "
-            "that is where its numbers travel to vLLM's workers."
-        )
-    return additional_config
-
-
-def worker_plan(vllm_config: VllmConfig) -> ExtensionPlan:
-    """The plan that `apply_plan` wrote, read in any process."""
-    config = SelfExtendConfig.from_additional_config(vllm_config.additional_config)
-    if config.trained_length is None:
-        raise RuntimeError(
-            "The attention backend CUSTOM is in use, but its plan is not in additional_config: configure the engine "
-            "with EngineArgs.create_engine_config (as LLM and vllm serve do) and with this plugin installed."
-        )
-    return config.plan(config.trained_length, vllm_config.model_config.max_model_len)
+    chosen = choose_kernels(plan.kernel, device)
+    for name, why in chosen.missing.items():
+        logger.warning("The %s kernels cannot be loaded (%s), so the slower %s kernels serve.", name, why, chosen.name)
+    logger.info("Self-Extend's attention runs on the %s kernels.", chosen.name)
+    write_plan(vllm_config, dataclasses.replace(plan, kernel=chosen.name))

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from .config import SelfExtendConfig
 from .engine_args import widened_length_check
+from .plan import CONFIG_KEY
 from .plugin import incompatibility
-from .support import unsupported_model_reason
+from .support import unsupported_reason
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ def plan_report(model: str, max_model_len: int, settings: dict[str, Any]) -> Pla
     """
     if problem := incompatibility():
         raise ValueError(problem)
-    config = SelfExtendConfig.from_additional_config({"self_extend": settings})
+    config = SelfExtendConfig.from_additional_config({CONFIG_KEY: settings})
     with widened_length_check() as check:
         model_config = EngineArgs(model=model, max_model_len=max_model_len).create_model_config()
     plan = config.plan(check.derived_length, max_model_len)
-    why_not = unsupported_model_reason(model_config, plan) if plan.group_size > 1 else None
+    # A laptop without a GPU, on which vLLM for GPUs is installed, has no device of vLLM's.
+    device = torch.device(current_platform.device_type) if current_platform.device_type else None
+    why_not = unsupported_reason(plan, model_config, device)
     full, sliding = _layer_bytes(model_config)
     window = min(model_config.get_sliding_window() or max_model_len, max_model_len)
     return PlanReport(
@@ -77,7 +81,7 @@ def plan_report(model: str, max_model_len: int, settings: dict[str, Any]) -> Pla
 
 
 def _layer_bytes(model_config: ModelConfig) -> tuple[int, int]:
-    """Bytes a token that the full-attention layers and the sliding layers keep."""
+    """Bytes per token that the full-attention layers and the sliding layers keep."""
     num_layers = model_config.get_total_num_hidden_layers()
     kinds = getattr(model_config.hf_text_config, "layer_types", None) or []
     if kinds:

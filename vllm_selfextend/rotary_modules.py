@@ -14,7 +14,7 @@ from torch import nn
 from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
-from .backends import Rotation
+from .backends.interface import Rotation
 from .backends.reference import rotate
 from .rotary import Frequencies, cos_sin, inverse_frequencies, rope_parameters
 
@@ -25,7 +25,7 @@ _TABLE_NAMES = ("cos_sin_cache", "cos_sin_cache_bf16", "long_short_cos_sin_cache
 
 @dataclass(frozen=True)
 class ModelRotation:
-    """How a model rotates: its frequencies, and which dimensions make a pair (see `backends.Rotation`)."""
+    """How a model rotates: its frequencies, and which dimensions make a pair (see `backends.interface.Rotation`)."""
 
     frequencies: Frequencies
     interleaved: bool
@@ -137,7 +137,8 @@ def _angle_error(positions: torch.Tensor) -> torch.Tensor:
 
 
 def _table(module: nn.Module) -> torch.Tensor:
-    return next(table for name in _TABLE_NAMES if (table := getattr(module, name, None)) is not None)
+    tables = (getattr(module, name, None) for name in _TABLE_NAMES)
+    return next(table for table in tables if isinstance(table, torch.Tensor))
 
 
 def _first_row(module: nn.Module) -> int:

@@ -2,9 +2,12 @@
 
 from typing import Any
 
-from vllm.config import ModelConfig, VllmConfig
+import torch
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.platforms import current_platform
 
-from .config import ExtensionPlan
+from .backends import choose_kernels
+from .plan import CONFIG_KEY, ExtensionPlan
 from .rotary import SUPPORTED_ROPE_TYPES, rope_parameters, unsupported_rope_type
 
 NOPE_CONFIG_KEYS = ("no_rope_layers", "no_rope_layer_interval", "use_rope_layers", "layer_rope_theta")
@@ -15,25 +18,84 @@ PARALLEL_DRAFT_METHODS = ("dflash", "dspark")
 """`precompute_and_store_context_kv` in vLLM 0.32's `model_executor/models/qwen3_dflash.py` and those built on it."""
 
 
-def unsupported_reason(vllm_config: VllmConfig, plan: ExtensionPlan) -> str | None:
-    """Why this model, or this way to run it, cannot work with the plan; None if nothing speaks against it."""
-    parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+SELF_EXTEND_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_selfextend.cpu_worker.SelfExtendCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_selfextend.gpu_worker.SelfExtendGPUWorker",
+}
+"""vLLM's worker classes, and what takes their place."""
+
+
+def unsupported_reason(
+    plan: ExtensionPlan,
+    model_config: ModelConfig,
+    device: torch.device | None,
+    *,
+    parallel_config: ParallelConfig | None = None,
+    speculative_config: SpeculativeConfig | None = None,
+) -> str | None:
+    """Why this model, or this way to run it, cannot be served with the plan; None if nothing speaks against it.
+
+    Every refusal that needs no weights is here: start-up asks, and so does `vllm-selfextend plan`, which knows a model
+    and a length only.
+
+    Args:
+        plan: The numbers, `kernel` as the user gave it.
+        model_config: The model.
+        device: What it will run on, if known; without it nothing is said of kernels.
+        parallel_config: How it is spread over devices, if known.
+        speculative_config: How drafts are made, if known and if there are any.
+
+    """
+    if plan.group_size > 1:
+        if parallel_config is not None and (reason := _parallel_reason(parallel_config)):
+            return reason
+        if speculative_config is not None and (reason := _speculative_reason(speculative_config)):
+            return reason
+        if reason := _model_reason(model_config, plan):
+            return reason
+    return None if device is None else _kernels_reason(plan, model_config, device)
+
+
+def _parallel_reason(parallel_config: ParallelConfig) -> str | None:
+    if parallel_config.decode_context_parallel_size > 1 or parallel_config.prefill_context_parallel_size > 1:
         return (
             "context parallelism splits the positions of a sequence over devices, and Self-Extend needs them together. "
             "Set decode and prefill context parallel size to 1."
         )
-    speculative = vllm_config.speculative_config
-    if speculative is not None and speculative.method in PARALLEL_DRAFT_METHODS:
+    worker_cls = parallel_config.worker_cls
+    if worker_cls not in SELF_EXTEND_WORKERS and worker_cls not in SELF_EXTEND_WORKERS.values():
+        known = ", ".join(SELF_EXTEND_WORKERS)
+        return f"its layers get their rotations from vLLM's workers {known}, and the worker class is {worker_cls}."
+    return None
+
+
+def _speculative_reason(speculative_config: SpeculativeConfig) -> str | None:
+    if speculative_config.method in PARALLEL_DRAFT_METHODS:
         return (
-            f"the drafts of speculative method {speculative.method!r} write the cache themselves, and rotate keys by a "
-            "table of their own. Use another method, ngram or eagle for instance."
+            f"the drafts of speculative method {speculative_config.method!r} write the cache themselves, and rotate "
+            "keys by a table of their own. Use another method, ngram or eagle for instance."
         )
-    return unsupported_model_reason(vllm_config.model_config, plan)
+    return None
 
 
-def unsupported_model_reason(model_config: ModelConfig, plan: ExtensionPlan) -> str | None:
-    """Like `unsupported_reason`, from the model's configuration alone."""
+def _kernels_reason(plan: ExtensionPlan, model_config: ModelConfig, device: torch.device) -> str | None:
+    # Of a GPU that was found without initializing CUDA: vLLM may fork its workers.
+    found = current_platform.get_device_capability() if current_platform.is_cuda() else None
+    try:
+        name, kernels, _ = choose_kernels(plan.kernel, device, None if found is None else (found.major, found.minor))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    head_size = model_config.get_head_size()
+    if problem := kernels.unsupported_head_size(head_size):
+        return (
+            f"its heads have {head_size} dimensions, which the {name} kernels do not take: {problem}. Setting "
+            f"{CONFIG_KEY}.kernel to 'reference' would do, slowly."
+        )
+    return None
+
+
+def _model_reason(model_config: ModelConfig, plan: ExtensionPlan) -> str | None:
+    """Why the model cannot be extended."""
     config = model_config.hf_text_config
     if model_config.is_encoder_decoder:
         return "it is an encoder-decoder model; Self-Extend is for decoder-only models."

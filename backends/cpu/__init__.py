@@ -5,24 +5,59 @@ interior of a cache block. Importing this raises `ImportError` where the library
 """
 
 import importlib
+import operator
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..interface import AttentionBatch, AttentionParams
 
-importlib.import_module("._kernels", __package__)  # registers the operators
-_ops = torch.ops.vllm_selfextend_cpu
+try:
+    importlib.import_module("._kernels", __package__)  # registers the operators
+except ImportError as error:
+    raise ImportError(
+        f"{error}. They are built when vllm-selfextend is installed with a C++ compiler and "
+        "pip install --no-build-isolation, against the torch that is there"
+    ) from error
+_store_kv = torch.ops.vllm_selfextend_cpu.store_kv.default
+_attention = torch.ops.vllm_selfextend_cpu.attention.default
 
-INSTRUCTION_SETS: list[str] = _ops.instruction_sets()
+
+def _layer_arguments(overload: Any) -> Callable[[AttentionParams], tuple[Any, ...]]:
+    """What finds an operator's arguments that describe the layer, the ones after `instruction_set`.
+
+    They are found by their names in its schema, so none can take another's place. (Keyword-only arguments would say so
+    too, but torch spends 0.3 microseconds on each in every call.)
+    """
+    names = [argument.name for argument in overload._schema.arguments]
+    return operator.attrgetter(*names[names.index("instruction_set") + 1 :])
+
+
+_store_kv_layer, _attention_layer = _layer_arguments(_store_kv), _layer_arguments(_attention)
+
+INSTRUCTION_SETS: list[str] = torch.ops.vllm_selfextend_cpu.instruction_sets()
 """What this machine can run, best first."""
 
 instruction_set = INSTRUCTION_SETS[0]
 """What runs."""
 
+_HEAD_SIZE_STEP, _MAX_HEAD_SIZE = torch.ops.vllm_selfextend_cpu.head_sizes()
 
-def supports_head_size(head_size: int) -> bool:
-    """See `interface.Kernels.supports_head_size`."""
-    return head_size % 16 == 0 and head_size <= 512
+IS_CAPTURABLE = False
+"""See `interface.Kernels`."""
+
+
+def unsupported_device(device: torch.device, capability: tuple[int, int] | None) -> str | None:
+    """See `interface.Kernels.unsupported_device`."""
+    return None if device.type == "cpu" else "they run on CPUs"
+
+
+def unsupported_head_size(head_size: int) -> str | None:
+    """See `interface.Kernels.unsupported_head_size`."""
+    if head_size % _HEAD_SIZE_STEP == 0 and head_size <= _MAX_HEAD_SIZE:
+        return None
+    return f"they take multiples of {_HEAD_SIZE_STEP} up to {_MAX_HEAD_SIZE}"
 
 
 def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
@@ -39,18 +74,16 @@ def store_kv(
 ) -> None:
     """See `interface.Kernels.store_kv`."""
     rotation = params.rotation
-    _ops.store_kv(
+    _store_kv(
         key,
         value,
         kv_cache,
         batch.positions,
         batch.slot_mapping,
-        params.group_size,
         rotation and rotation.cos_sin,
         bool(rotation and rotation.interleaved),
-        params.k_scale,
-        params.v_scale,
         instruction_set,
+        *_store_kv_layer(params),
     )
 
 
@@ -63,24 +96,15 @@ def attention(
 ) -> None:
     """See `interface.Kernels.attention`."""
     rotation = params.rotation
-    _ops.attention(
+    _attention(
         query,
         kv_cache,
         batch.query_start_loc,
         batch.seq_lens,
         batch.block_table,
         out,
-        params.scale,
-        params.group_size,
-        params.neighbor_window,
-        params.exact_len,
-        params.log_scale_len,
-        params.soft_cap,
-        params.sliding_window,
         rotation and rotation.cos_sin,
         bool(rotation and rotation.interleaved),
-        params.sinks,
-        params.k_scale,
-        params.v_scale,
         instruction_set,
+        *_attention_layer(params),
     )

@@ -46,7 +46,7 @@ inline void with_type(Type type, const Action& action) {
 
 // --- Rotation
 
-// How far a token's group position lags behind its position: d(p) of interface.py.
+// interface.lag: how far a token's group position lags behind its position.
 inline int lag(int position, int group_size) { return position - position / group_size; }
 
 // Rotates pairs of values, `stride` apart in each of the two places.
@@ -396,8 +396,8 @@ inline void finish(const Layer& layer, const Rows& out, const Item& item, const 
 int preferred_rows(int head_size) { return max(kMaxRows, 16384 / head_size); }
 
 int64_t scratch_bytes(const Layer& layer, int rows) {
-  const int64_t a_row = 3 * layer.head_size + kTile + kWide + 2;
-  const int64_t floats = rows * a_row + static_cast<int64_t>(kWide) * max(layer.head_size, kTile) +
+  const int64_t floats_per_row = 3 * layer.head_size + kTile + kWide + 2;
+  const int64_t floats = rows * floats_per_row + static_cast<int64_t>(kWide) * max(layer.head_size, kTile) +
                          static_cast<int64_t>(kStairs) * layer.rotary_dim * kPanel;
   return floats * static_cast<int64_t>(sizeof(float));
 }

@@ -1,5 +1,5 @@
 // What the vector code of one instruction set offers, and the plain data that it works on. kernel.cpp is compiled once
-// an instruction set; it and the headers that it includes must not include anything with inline functions (no standard
+// per instruction set; it and the headers that it includes must not include anything with inline functions (no standard
 // library, no torch): the linker could keep a copy that was compiled for a newer machine and use it everywhere.
 //
 // A cache block of one KV head holds the keys, then the values, in panels of 16 columns:

@@ -96,7 +96,7 @@ def attention_kernel(
     HAS_FP8: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """One program a block of `TOKENS` queries, KV head and, in a decode, share of the context.
+    """One program per block of `TOKENS` queries, KV head and, in a decode, share of the context.
 
     Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`. Requests with at most `decode_len`
     new tokens are the decode's, the others the prefill's; each launch leaves the other's alone.
@@ -329,7 +329,7 @@ def merge_kernel(
     BLOCK_M: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Join the shares of one token's head: a program each, `SPLITS` shares at a time, in the order of their keys."""
+    """Join the shares of one token's head: one program each, `SPLITS` shares at a time, in the order of their keys."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(decode_len, TOKENS)
     request = tl.program_id(0) // decode_len

@@ -42,7 +42,7 @@ def store_kernel(
     INTERLEAVED: tl.constexpr,
     IS_FP8: tl.constexpr,
 ):
-    """One program a token and `HEADS` of its KV heads; `ONE_TOKEN` says that request `r` has token `r` alone."""
+    """One program per token and `HEADS` of its KV heads; `ONE_TOKEN` says that request `r` has token `r` alone."""
     half: tl.constexpr = ROTARY_DIM // 2
     token = tl.program_id(0)
     slot = tl.load(slot_mapping + token)

@@ -78,10 +78,10 @@ class Tiles:
 
 
 def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
-    """Tiles for few queries a request.
+    """Tiles for few queries per request.
 
     Args:
-        heads: Query heads a KV head.
+        heads: Query heads per KV head.
         head_size: Of queries, keys and values.
         itemsize: Bytes of a query's number.
         is_fp8: Whether the cache is.
@@ -103,7 +103,7 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
 
 
 def prefill_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
-    """Tiles for many queries a request; arguments as of `decode_tiles`."""
+    """Tiles for many queries per request; arguments as of `decode_tiles`."""
     at_least = triton.next_power_of_2(heads)
     if device.target is None:
         return Tiles(max(64, at_least), 32, 16, 1, 1, 1)

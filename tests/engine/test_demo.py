@@ -1,27 +1,56 @@
-"""The demo's own code on a few of its prompts; `make demo` runs all of them."""
+"""The demo on a few of its prompts; `make demo` runs all of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from vllm_selfextend.demo import run
+from vllm_selfextend.demo.screen import stderr_to
+
+# Every seventh of the longest prompts: 12 of 84, of which the whole demo finds 81.
+SCRIPT = """
+import sys
+from vllm_selfextend import cli
+from vllm_selfextend.demo import run
+
+longest = max(run.LENGTHS)
+tasks = [task for task in run.make_tasks() if task.num_tokens == longest][::7]
+run.LENGTHS, run.make_tasks = (longest,), lambda: tasks
+cli.app(["demo", "--output", sys.argv[1]])
+"""
 
 
-@pytest.fixture
-def tasks() -> list[run.Task]:
-    """Every seventh of the longest prompts: 12 of 84, of which the whole demo finds 81."""
-    longest = [task for task in run.make_tasks() if task.num_tokens == max(run.LENGTHS)]
-    return longest[::7]
+def test_self_extend_finds_what_the_unmodified_model_does_not(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    prompts = json.loads((tmp_path / "results.json").read_text())["prompts"]
+    found = {method: [row["found"] for row in prompts if row["method"] == method] for method in run.METHODS}
+    assert len(found["self_extend"]) == len(found["unmodified"]) == 12
+    assert sum(found["self_extend"]) >= 11
+    assert sum(found["unmodified"]) <= 1
+    # The screen is the bars', the table's and the example's; everything else is in the log.
+    assert {line.split()[0] for line in done.stderr.splitlines()} == set(run.METHODS.values())
+    assert done.stdout.splitlines()[0].strip() == "Passkeys found by a model trained on 256"
+    assert "Self-Extend: trained length 256" in (tmp_path / "vllm.log").read_text()
 
 
-def test_self_extend_finds_what_the_unmodified_model_does_not(tasks: list[run.Task]) -> None:
-    answered = []
-    extended = run.run_method("self_extend", tasks, lambda: answered.append(1))
-    unmodified = run.run_method("unmodified", tasks, lambda: None)
-    assert len(answered) == len(extended) == len(tasks)
-    assert sum(result.found for result in extended) >= len(tasks) - 1
-    assert sum(result.found for result in unmodified) <= 1
+def test_what_fails_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "log"
+
+    def fail(stderr: TextIO) -> None:
+        stderr.write("a bar\n")
+        subprocess.run([sys.executable, "-c", "import sys; print('the reason', file=sys.stderr)"], check=True)
+        raise RuntimeError("no engine")
+
+    with pytest.raises(RuntimeError, match="no engine"), stderr_to(log) as stderr:
+        fail(stderr)
+    assert capfd.readouterr().err == f"a bar\nThe end of {log}:\nthe reason\n"
+    print("on the screen again", file=sys.stderr)
+    assert capfd.readouterr().err == "on the screen again\n"
 
 
 def test_results_are_written(tmp_path: Path) -> None:

@@ -7,18 +7,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import vllm_selfextend.backends as backends
+import torch
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.interface import DeviceCapability
 
-from vllm_selfextend import binding, engine_args, plugin, rotary_modules
-from vllm_selfextend.engine_args import worker_plan
+import vllm_selfextend.backends as backends
+from vllm_selfextend import binding, engine_args, plugin, rotary_modules, support
+from vllm_selfextend.plan import read_plan
+from vllm_selfextend.planning import plan_report
 from vllm_selfextend.rotary import inverse_frequencies
 from vllm_selfextend.support import unsupported_reason
 
-from .models import SHAPE
+from .models import SHAPE, SLIDING
 
 LLAMA = {**SHAPE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
 
@@ -85,6 +87,10 @@ REFUSED = {
         {**SHAPE, "model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "sliding_window": 16},
         "some layers of a cohere2 model have no RoPE",
     ),
+    "head sizes that the kernels do not take": (
+        {**LLAMA, "head_dim": 24},
+        "its heads have 24 dimensions, which the cpu kernels do not take: they take multiples of 16 up to 512.*'refer",
+    ),
     "every layer slides": (
         {**SHAPE, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32},
         "every layer attends to a sliding window of 32 tokens.*Add --disable-sliding-window",
@@ -95,8 +101,30 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_cannot_work(case: str, tmp_path: Path) -> None:
     config, message = REFUSED[case]
-    with pytest.raises(ValueError, match=f"Self-Extend cannot serve {tmp_path}: {message}"):
+    with pytest.raises(ValueError, match=f"Self-Extend cannot serve {tmp_path}: {message}") as refused:
         configure(tmp_path, config)
+    report = plan_report(str(tmp_path), 512, {})
+    assert not report.supported
+    assert str(refused.value) == f"Self-Extend cannot serve {tmp_path}: {report.why_not}", "plan says the same"
+
+
+SERVED = {
+    "llama": (LLAMA, {}),
+    "no kernels for heads of 24 but PyTorch's": ({**LLAMA, "head_dim": 24}, {"kernel": "reference"}),
+    "some layers slide": (
+        {**SHAPE, **SLIDING, "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "dtype": "float32"},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SERVED)
+def test_models_that_work(case: str, tmp_path: Path) -> None:
+    config, settings = SERVED[case]
+    chosen = read_plan(configure(tmp_path, config, additional_config={"self_extend": settings}))
+    report = plan_report(str(tmp_path), 512, settings)
+    assert (report.supported, report.why_not) == (True, None)
+    assert (report.group_size, report.neighbor_window) == (chosen.group_size, chosen.neighbor_window)
 
 
 def test_context_parallelism(tmp_path: Path) -> None:
@@ -107,10 +135,12 @@ def test_context_parallelism(tmp_path: Path) -> None:
 
 def test_drafts_that_write_the_cache_themselves(tmp_path: Path) -> None:
     vllm_config = configure(tmp_path, LLAMA)
-    speculative = SimpleNamespace(method="dflash")
-    parallel = vllm_config.parallel_config
     reason = unsupported_reason(
-        SimpleNamespace(parallel_config=parallel, speculative_config=speculative), worker_plan(vllm_config)
+        read_plan(vllm_config),
+        vllm_config.model_config,
+        torch.device("cpu"),
+        parallel_config=vllm_config.parallel_config,
+        speculative_config=SimpleNamespace(method="dflash"),
     )
     assert reason is not None
     assert "the drafts of speculative method 'dflash' write the cache themselves" in reason
@@ -118,10 +148,11 @@ def test_drafts_that_write_the_cache_themselves(tmp_path: Path) -> None:
 
 def test_gpus_that_are_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: DeviceCapability(7, 5))
-    monkeypatch.setattr(engine_args, "current_platform", old)
+    monkeypatch.setattr(support, "current_platform", old)
     triton = {"self_extend": {"kernel": "triton"}}
     with pytest.raises(
-        ValueError, match=r"its compute capability is 7\.5, and the triton kernels need 8\.0 \(Ampere\)"
+        ValueError,
+        match=r"triton kernels.*need a compute capability of 8\.0 \(Ampere\) or more, .* GPU's is 7\.5",
     ):
         configure(tmp_path, LLAMA, additional_config=triton)
     old.get_device_capability = lambda: DeviceCapability(8, 0)
@@ -136,24 +167,20 @@ def test_settings(tmp_path: Path) -> None:
         configure(tmp_path, LLAMA, additional_config={"self_extend": numbers})
 
 
-def test_head_sizes_that_the_kernels_do_not_take(tmp_path: Path) -> None:
-    odd = {**LLAMA, "head_dim": 24}
-    with pytest.raises(ValueError, match="its heads have 24 dimensions, which the cpu kernels do not take"):
-        configure(tmp_path, odd)
-    assert configure(tmp_path, odd, additional_config={"self_extend": {"kernel": "reference"}})
-
-
 def test_slow_kernels_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
-    monkeypatch.delitem(backends.KERNELS, "cpu")
-    monkeypatch.setitem(backends.MISSING, "cpu", "no compiler")
-    configure(tmp_path, LLAMA)
-    assert any("cpu kernels cannot be loaded (no compiler), so the much slower" in line for line in said)
+
+    def missing() -> None:
+        raise ImportError("no compiler")
+
+    monkeypatch.setitem(backends.KERNEL_SETS, "cpu", backends.KernelSet(missing, "cpu"))
+    assert read_plan(configure(tmp_path, LLAMA)).kernel == "reference"
+    assert any("cpu kernels cannot be loaded (no compiler), so the slower reference" in line for line in said)
 
 
 def test_workers_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Self-Extend cannot run in worker class my\.Worker; the supported ones are"):
+    with pytest.raises(ValueError, match=r"rotations from vLLM's workers .*, and the worker class is my\.Worker"):
         configure(tmp_path, LLAMA, worker_cls="my.Worker")
 
 

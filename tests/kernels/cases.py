@@ -1,43 +1,33 @@
-"""Random attention problems, the paper's answer to them in float64 from its formula, and the kernels to be tested."""
+"""Random attention problems, the paper's answer to them in float64 from its formula, and steps that kernels answer."""
 
+import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from vllm_selfextend.backends import AttentionBatch, AttentionParams, Kernels, Rotation, cpu, reference
 
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation, num_rotation_steps
 from vllm_selfextend.rotary import cos_sin
 
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+"""What rounding inputs, the cache and the output to the dtype can do to values of size 1."""
 
-class CPUKernels:
-    """The CPU kernels with the vector code of one instruction set."""
+FP8_NAN = 0x7F
 
-    def __init__(self, instruction_set: str) -> None:
-        self.instruction_set = instruction_set
-
-    def _call(self, call: Any, *arguments: Any) -> None:
-        chosen, cpu.instruction_set = cpu.instruction_set, self.instruction_set
-        try:
-            call(*arguments)
-        finally:
-            cpu.instruction_set = chosen
-
-    def supports_head_size(self, head_size: int) -> bool:
-        return cpu.supports_head_size(head_size)
-
-    def workspace_size(self, *layer: Any) -> int:
-        return cpu.workspace_size(*layer)
-
-    def store_kv(self, *arguments: Any) -> None:
-        self._call(cpu.store_kv, *arguments)
-
-    def attention(self, *arguments: Any) -> None:
-        self._call(cpu.attention, *arguments)
-
-
-KERNELS: dict[str, Kernels] = {"reference": reference, **{name: CPUKernels(name) for name in cpu.INSTRUCTION_SETS}}
-"""Everything that this machine can run."""
+VLLM_HEADS = ((4, 4), (8, 2), (9, 3))
+VLLM_BATCHES = {
+    "decode": ((1, 213), (1, 1), (1, 312), (1, 7), (1, 7812)),
+    "prefill": ((2345, 2345), (5, 5), (3, 16), (134, 5131)),
+    "mixed": ((992, 2456), (1, 1234), (98, 1145), (1, 4162), (2345, 2345)),
+}
+"""Heads and lengths of `tests/kernels/attention/test_cpu_attn.py` in vLLM's repository."""
+VLLM_VARIANTS: dict[str, dict[str, Any]] = {
+    "G 8, W 1024": {"group_size": 8, "neighbor_window": 1024, "exact_len": 2048},
+    "G 5, W 180, soft cap, sinks": {"group_size": 5, "neighbor_window": 180, "soft_cap": 50.0, "has_sinks": True},
+    "ordinary, sliding window": {"group_size": 1, "sliding_window": 256},
+}
+"""Layers for such lengths."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +58,11 @@ class Case:
 
     @property
     def num_steps(self) -> int:
-        """Rows of the re-rotation table: positions, the window's steps, and those within 16 keys."""
-        return max(*[seq_len for _, seq_len in self.requests], self.neighbor_window, 16) + 1
+        """Rows of the re-rotation table."""
+        longest = max(seq_len for _, seq_len in self.requests)
+        return num_rotation_steps(longest, self.group_size, self.neighbor_window)
 
-    def params(self, dtype: torch.dtype = torch.float32) -> AttentionParams:
+    def params(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AttentionParams:
         """The layer, with a re-rotation table of `dtype`."""
         sinks = torch.randn(self.num_heads, generator=_generator(self, 1), dtype=torch.float64)
         return AttentionParams(
@@ -82,8 +73,8 @@ class Case:
             log_scale_len=self.log_scale_len,
             soft_cap=self.soft_cap,
             sliding_window=self.sliding_window,
-            rotation=Rotation(cos_sin(self.frequencies(), 0, self.num_steps, dtype), self.interleaved),
-            sinks=sinks.to(dtype) if self.has_sinks else None,
+            rotation=Rotation(cos_sin(self.frequencies(), 0, self.num_steps, dtype).to(device), self.interleaved),
+            sinks=sinks.to(device, dtype) if self.has_sinks else None,
             k_scale=self.kv_scales[0],
             v_scale=self.kv_scales[1],
         )
@@ -102,19 +93,24 @@ class Problem:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.queries[0].device
+
     @staticmethod
-    def of(case: Case, dtype: torch.dtype = torch.float64) -> "Problem":
+    def of(case: Case, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> "Problem":
         """Draw the case's tensors; the values and rotated queries and keys are such that `dtype` holds them exactly."""
         generator = _generator(case, 0)
 
         def draw(heads: int) -> list[torch.Tensor]:
             shapes = [(length, heads, case.head_size) for _, length in case.requests]
-            return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+            return [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]
 
         queries, keys, values = draw(case.num_heads), draw(case.num_kv_heads), draw(case.num_kv_heads)
 
         def representable(x: torch.Tensor) -> torch.Tensor:
-            positions = torch.arange(x.shape[0])
+            positions = torch.arange(x.shape[0], device=x.device)
             return rotate(case, rotate(case, x, positions).to(dtype).double(), -positions)
 
         return Problem(
@@ -127,7 +123,7 @@ class Problem:
 
 def rotate(case: Case, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """Rotate `x` `[tokens, heads, head_size]` by `steps` `[tokens]`, as complex numbers."""
-    angles = steps.double()[:, None, None] * case.frequencies().double()
+    angles = steps.double()[:, None, None] * case.frequencies().to(steps.device, torch.float64)
     turn = torch.polar(torch.ones_like(angles), angles)
     rotary = x[..., : case.rotary_dim]
     if case.interleaved:
@@ -143,15 +139,15 @@ def rotate(case: Case, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 def expected(problem: Problem) -> torch.Tensor:
     """The paper's answer, `[num_tokens, num_heads, head_size]` in float64: no cache, no batch, no re-rotation."""
     case, answers = problem.case, []
-    sinks = case.params(torch.float64).sinks
+    sinks = case.params(torch.float64, problem.device).sinks
     repeats = case.num_heads // case.num_kv_heads
     for (query_len, seq_len), query, key, value in zip(
         case.requests, problem.queries, problem.keys, problem.values, strict=True
     ):
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        j = torch.arange(seq_len)
+        j = torch.arange(seq_len, device=problem.device)
         # A few queries at a time: every query is rotated anew for every key.
-        for i in torch.arange(seq_len - query_len, seq_len)[:, None].split(16):
+        for i in torch.arange(seq_len - query_len, seq_len, device=problem.device)[:, None].split(16):
             grouped = i // case.group_size + case.neighbor_window - case.neighbor_window // case.group_size
             near = (i - j < case.neighbor_window) | (i < case.exact_len)
             relative = torch.where(near, i - j, grouped - j // case.group_size)
@@ -169,62 +165,96 @@ def expected(problem: Problem) -> torch.Tensor:
     return torch.cat(answers)
 
 
+class Step:
+    """A case's new tokens, and a paged cache, its blocks in random order, in which the old ones are stored.
+
+    With `padding`, a step has so many requests of no tokens and tokens of no request more, and an answer so many rows.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        problem: Problem,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype | None = None,
+        *,
+        workspace: torch.Tensor | None = None,
+        padding: int = 0,
+        max_query_len: int | None = None,
+    ) -> None:
+        case, device = problem.case, problem.device
+        self.kernels, self.problem, self.dtype, self.padding = kernels, problem, dtype, padding
+        generator = _generator(case, 2)
+        blocks_of = [-(-seq_len // case.block_size) for _, seq_len in case.requests]
+        num_blocks = sum(blocks_of) + 2
+        order = torch.randperm(num_blocks, generator=generator).int()
+        block_table = torch.zeros(len(case.requests), max(blocks_of), dtype=torch.int32)
+        for row, chosen in zip(block_table, order.split([*blocks_of, 2]), strict=False):
+            row[: len(chosen)] = chosen
+        self.block_table = block_table.to(device)
+        # What no token was stored to must not matter.
+        cache_dtype = cache_dtype or dtype
+        nothing = FP8_NAN if cache_dtype == torch.uint8 else float("nan")
+        shape = num_blocks, case.num_kv_heads, case.block_size, 2 * case.head_size
+        self.kv_cache = torch.full(shape, nothing, device=device).to(cache_dtype)
+        self.params = case.params(torch.float64 if dtype == torch.float64 else torch.float32, device)
+
+        old = [(0, seq_len - query_len) for query_len, seq_len in case.requests]
+        new = [(seq_len - query_len, seq_len) for query_len, seq_len in case.requests]
+        key, value = self._tokens(problem.keys, old, turned=True), self._tokens(problem.values, old, turned=False)
+        kernels.store_kv(key, value, self.kv_cache, self._batch(old), self.params)
+        self.key, self.value = (
+            self._tokens(problem.keys, new, turned=True),
+            self._tokens(problem.values, new, turned=False),
+        )
+        self.query = self._tokens(problem.queries, new, turned=True)
+        self.batch = self._batch(new, workspace)
+        self.asked = self.batch if max_query_len is None else replace(self.batch, max_query_len=max_query_len)
+
+    def store(self) -> None:
+        """Store the new tokens."""
+        self.kernels.store_kv(self.key, self.value, self.kv_cache, self.batch, self.params)
+
+    def attend(self) -> torch.Tensor:
+        """The kernels' answer."""
+        out = torch.full_like(self.query, float("nan"))
+        self.kernels.attention(self.query, self.kv_cache, self.asked, self.params, out)
+        return out
+
+    def _batch(self, spans: list[tuple[int, int]], workspace: torch.Tensor | None = None) -> AttentionBatch:
+        """The step in which the tokens `begin .. end - 1` of each request are new."""
+        block_size, device, padding = self.problem.case.block_size, self.problem.device, self.padding
+        positions = [torch.arange(begin, end, device=device) for begin, end in spans]
+        slots = [
+            row[p // block_size].long() * block_size + p % block_size
+            for row, p in zip(self.block_table, positions, strict=True)
+        ]
+        lens = [end - begin for begin, end in spans] + [0] * padding
+        return AttentionBatch(
+            query_start_loc=torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([end for _, end in spans] + [0] * padding, dtype=torch.int32, device=device),
+            block_table=torch.nn.functional.pad(self.block_table, (0, 0, 0, padding)),
+            slot_mapping=torch.cat([*slots, torch.full([padding], -1, device=device)]),
+            max_query_len=max(lens),
+            workspace=workspace,
+        )
+
+    def _tokens(self, tensors: list[torch.Tensor], spans: list[tuple[int, int]], *, turned: bool) -> torch.Tensor:
+        parts = [x[begin:end] for x, (begin, end) in zip(tensors, spans, strict=True)]
+        if turned:
+            pairs = zip(parts, spans, strict=True)
+            parts = [rotate(self.problem.case, x, torch.arange(b, e, device=x.device)) for x, (b, e) in pairs]
+        return torch.nn.functional.pad(torch.cat(parts), (0, 0, 0, 0, 0, self.padding)).to(self.dtype)
+
+
 def run(
     kernels: Kernels,
     problem: Problem,
     dtype: torch.dtype,
     cache_dtype: torch.dtype | None = None,
-    *,
-    workspace: torch.Tensor | None = None,
-    padding: int = 0,
-    max_query_len: int | None = None,
+    **options: Any,
 ) -> torch.Tensor:
-    """The kernels' answer through a paged cache, its blocks in random order, old tokens stored first.
-
-    With `padding`, a step has so many requests of no tokens and tokens of no request more, and the answer so many rows.
-    """
-    case = problem.case
-    generator = _generator(case, 2)
-    blocks_of = [-(-seq_len // case.block_size) for _, seq_len in case.requests]
-    num_blocks = sum(blocks_of) + 2
-    order = torch.randperm(num_blocks, generator=generator).int()
-    block_table = torch.zeros(len(case.requests), max(blocks_of), dtype=torch.int32)
-    for row, chosen in zip(block_table, order.split([*blocks_of, 2]), strict=False):
-        row[: len(chosen)] = chosen
-    # What no token was stored to must not matter.
-    shape = num_blocks, case.num_kv_heads, case.block_size, 2 * case.head_size
-    kv_cache = torch.full(shape, float("nan")).to(cache_dtype or dtype)
-    params = case.params(torch.float64 if dtype == torch.float64 else torch.float32)
-
-    def batch(spans: list[tuple[int, int]], max_query_len: int | None = None) -> AttentionBatch:
-        positions = [torch.arange(begin, end) for begin, end in spans]
-        slots = [
-            row[p // case.block_size].long() * case.block_size + p % case.block_size
-            for row, p in zip(block_table, positions, strict=True)
-        ]
-        lens = torch.tensor([0] + [end - begin for begin, end in spans] + [0] * padding)
-        return AttentionBatch(
-            query_start_loc=lens.cumsum(0).int(),
-            seq_lens=torch.tensor([end for _, end in spans] + [0] * padding).int(),
-            block_table=torch.nn.functional.pad(block_table, (0, 0, 0, padding)),
-            slot_mapping=torch.cat([*slots, torch.full([padding], -1)]),
-            max_query_len=int(lens.max()) if max_query_len is None else max_query_len,
-            workspace=workspace,
-        )
-
-    def tokens(tensors: list[torch.Tensor], spans: list[tuple[int, int]], *, turned: bool) -> torch.Tensor:
-        parts = [x[begin:end] for x, (begin, end) in zip(tensors, spans, strict=True)]
-        if turned:
-            pairs = zip(parts, spans, strict=True)
-            parts = [rotate(case, x, torch.arange(begin, end)) for x, (begin, end) in pairs]
-        return torch.nn.functional.pad(torch.cat(parts), (0, 0, 0, 0, 0, padding)).to(dtype)
-
-    old = [(0, seq_len - query_len) for query_len, seq_len in case.requests]
-    new = [(seq_len - query_len, seq_len) for query_len, seq_len in case.requests]
-    for spans in (old, new):
-        key, value = tokens(problem.keys, spans, turned=True), tokens(problem.values, spans, turned=False)
-        kernels.store_kv(key, value, kv_cache, batch(spans), params)
-    query = tokens(problem.queries, new, turned=True)
-    out = torch.full_like(query, float("nan"))
-    kernels.attention(query, kv_cache, batch(new, max_query_len), params, out)
-    return out
+    """The kernels' answer to a step; `options` are those of `Step`."""
+    step = Step(kernels, problem, dtype, cache_dtype, **options)
+    step.store()
+    return step.attend()

@@ -1,6 +1,6 @@
 """Lengths, heads and head sizes of vLLM's own test of its CPU attention: our error beside that of vLLM's kernel.
 
-The grid is that of `tests/kernels/attention/test_cpu_attn.py` in vLLM's repository, crossed with Self-Extend's numbers.
+The grid is vLLM's, crossed with Self-Extend's numbers.
 Each kernel is held against float64: ours against the float64 oracle, vLLM's (ordinary attention, its own cache) against
 the same oracle at group size 1.
 """
@@ -15,21 +15,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
 from vllm_selfextend.backends import cpu, reference
 
-from .cases import KERNELS, Case, Problem, rotate, run
+from .cases import VLLM_BATCHES, VLLM_HEADS, VLLM_VARIANTS, Case, Problem, rotate, run
+from .cpu_kernels import KERNELS
 
-BATCHES = {
-    "decode": ((1, 213), (1, 1), (1, 312), (1, 7), (1, 7812)),
-    "prefill": ((2345, 2345), (5, 5), (3, 16), (134, 5131)),
-    "mixed": ((992, 2456), (1, 1234), (98, 1145), (1, 4162), (2345, 2345)),
-}
-HEADS = [(4, 4), (8, 2), (9, 3)]
-VARIANTS = {
-    "G 8, W 1024": {"group_size": 8, "neighbor_window": 1024, "exact_len": 2048},
-    "G 5, W 180, soft cap, sinks": {"group_size": 5, "neighbor_window": 180, "soft_cap": 50.0, "has_sinks": True},
-    "ordinary, sliding window": {"group_size": 1, "sliding_window": 256},
-}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Not less than what one rounding of the output can do: a kernel may be lucky.
 ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -98,13 +89,13 @@ def _vllm_kernels() -> None:
     current_platform.import_kernels()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("variant", VLLM_VARIANTS)
+@pytest.mark.parametrize("heads", VLLM_HEADS, ids=str)
+@pytest.mark.parametrize("batch", VLLM_BATCHES)
 def test_error_is_no_more_than_twice_that_of_vllms_kernel(batch: str, heads: tuple[int, int], variant: str) -> None:
     head_size = 96 if heads == (9, 3) else 128
     shape = {"num_heads": heads[0], "num_kv_heads": heads[1], "head_size": head_size, "rotary_dim": head_size}
-    case = Case(BATCHES[batch], block_size=128, base=10000.0, **shape, **VARIANTS[variant])
+    case = Case(VLLM_BATCHES[batch], block_size=128, base=10000.0, **shape, **VLLM_VARIANTS[variant])
     ordinary = Case(**{**vars(case), "group_size": 1, "exact_len": 0})
     # What bfloat16 holds, float16 and float32 hold too.
     problem, ordinary_problem = Problem.of(case, torch.bfloat16), Problem.of(ordinary, torch.bfloat16)

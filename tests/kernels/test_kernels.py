@@ -1,18 +1,20 @@
 """Every kernel set against the paper's formula in float64; the reference kernels in float64 are held to rounding."""
 
+import importlib
 import itertools
+import sys
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_selfextend.backends import AttentionBatch, AttentionParams, Rotation, cpu, reference
 
-from .cases import KERNELS, Case, CPUKernels, Problem, expected, run
+from vllm_selfextend.backends import cpu, reference
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Rotation
 
-# What rounding inputs, the cache and the output to the dtype can do to values of size 1.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+from .cases import TOLERANCE, Case, Problem, expected, run
+from .cpu_kernels import KERNELS, CPUKernels
 
 HEADS = [(4, 4), (8, 2), (9, 3), (4, 1)]
 BATCHES = {
@@ -255,8 +257,20 @@ WRONG_ATTENTION = {
     "kv_cache has dtype Double; it must be": {"kv_cache": torch.zeros(2, 2, 16, 64).double()},
     "query has dtype Double; it must be": {"query": torch.zeros(3, 4, 32).double()},
     "num_heads is 3; it must be a multiple of num_kv_heads, 2": {"query": torch.zeros(3, 3, 32)},
-    r"cos_sin must be contiguous float32 \[more than 12": {
+    "head_size is 24; it must be a multiple of 16 up to 512": {
+        "query": torch.zeros(3, 4, 24),
+        "kv_cache": torch.zeros(2, 2, 16, 48),
+    },
+    "cos_sin has 9 rows, which reach 0 positions; a sequence of this batch has 3": {
         "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(9, 32)))
+    },
+    "cos_sin has 13 rows, which reach 16 positions; a sequence of this batch has 17": {
+        "seq_lens": torch.tensor([17]).int(),
+        "block_table": torch.tensor([[1, 0]]).int(),
+        "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(13, 32))),
+    },
+    "cos_sin must be contiguous float32 .steps, an even number up to 32.; it is .100, 34.": {
+        "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(100, 34)))
     },
     "it is .100, 32. of Double": {"params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(100, 32).double()))},
     "sinks must be 4 values": {"params": AttentionParams(1.0, sinks=torch.zeros(3))},
@@ -279,5 +293,17 @@ def test_wrong_arguments_of_store_are_errors() -> None:
         cpu.store_kv(key, key, kv_cache, three_tokens(slot_mapping=torch.tensor([0, 1, 32])), params)
     with pytest.raises(ValueError, match="positions holds -1"):
         cpu.store_kv(key, key, kv_cache, three_tokens(seq_lens=torch.tensor([2]).int()), params)
+    short = AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(13, 32)))
+    with pytest.raises(ValueError, match="has 13 rows, which reach 16 positions; a sequence of this batch has 17"):
+        cpu.store_kv(key, key, kv_cache, three_tokens(seq_lens=torch.tensor([17]).int()), short)
+    cpu.store_kv(key, key, kv_cache, three_tokens(seq_lens=torch.tensor([16]).int()), short)
     with pytest.raises(ValueError, match="instruction_set is 'mmx'; this machine runs"):
         CPUKernels("mmx").store_kv(key, key, kv_cache, three_tokens(), params)
+
+
+def test_a_missing_library_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, f"{cpu.__name__}._kernels", None)
+    with pytest.raises(
+        ImportError, match=r"None in sys\.modules\. They are built when .* against the torch that is there$"
+    ):
+        importlib.reload(cpu)

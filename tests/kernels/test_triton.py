@@ -7,10 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm_selfextend.backends import AttentionBatch, AttentionParams, reference, triton
 
-from .cases import Case, Problem, expected, run
-from .test_kernels import HEADS, TOLERANCE, VARIANTS, cases, three_tokens
+from vllm_selfextend.backends import reference, triton
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams
+from vllm_selfextend.backends.triton import launches
+
+from .cases import TOLERANCE, Case, Problem, expected, run
+from .test_kernels import HEADS, VARIANTS, cases, three_tokens
 
 # The lengths of `test_against_stock.py`, cut to what the interpreter can do.
 BATCHES = {
@@ -128,7 +131,7 @@ def test_a_soft_cap_keeps_small_scores_digits(soft_cap: float) -> None:
 
 @pytest.mark.parametrize("programs", [1, 4, 1000])
 def test_any_number_of_programs_shares_a_context(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "PROGRAMS_PER_MULTIPROCESSOR", programs)
+    monkeypatch.setattr(launches, "PROGRAMS_PER_MULTIPROCESSOR", programs)
     shape = {"num_heads": 2, "num_kv_heads": 1, "has_sinks": True}
     check(Case(((1, 130), (1, 3), (5, 70)), **shape), torch.float32)
 

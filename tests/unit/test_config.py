@@ -90,15 +90,6 @@ def test_a_window_past_the_rule_gets_the_smallest_group_size_that_reaches() -> N
         read(neighbor_window=200, group_size=plan.group_size - 1).plan(256, 1024)
 
 
-@given(st.integers(16, 10_000), st.integers(1, 100_000), st.booleans(), st.booleans())
-def test_a_plan_survives_the_way_to_the_workers(length: int, max_model_len: int, exact: bool, log_scale: bool) -> None:
-    plan = read(exact_short=exact, log_scale=log_scale).plan(length, max_model_len)
-    again = read(**plan.settings()).plan(plan.trained_length, max_model_len)
-    assert again.settings() == plan.settings()
-    assert again.exact_len == (plan.trained_length if exact else 0)
-    assert again.log_scale_len == (plan.trained_length if log_scale else 0)
-
-
 def test_the_users_trained_length_wins() -> None:
     plan = read(trained_length=8192).plan(131072, 32768)
     assert plan.trained_length == 8192

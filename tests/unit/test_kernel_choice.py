@@ -2,49 +2,68 @@
 
 import pytest
 import torch
-import vllm_selfextend.backends as backends
-from vllm_selfextend.backends import choose_kernels, load_kernels, reference
+
+from vllm_selfextend import backends
+from vllm_selfextend.backends import KernelSet, choose_kernels, cpu, load_kernels, reference, triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_is_the_native_kernels_on_a_cpu() -> None:
-    assert choose_kernels("auto", CPU) == "cpu"
-    assert load_kernels("auto", CPU) is backends.KERNELS["cpu"]
+    assert choose_kernels("auto", CPU) == ("cpu", cpu, {})
 
 
 def test_auto_is_triton_on_a_gpu_and_pytorch_elsewhere() -> None:
-    assert choose_kernels("auto", CUDA) == "triton"
-    assert choose_kernels("auto", torch.device("xpu")) == "reference"
+    assert choose_kernels("auto", CUDA) == ("triton", triton, {})
+    assert choose_kernels("auto", torch.device("xpu")) == ("reference", reference, {})
 
 
 def test_names_are_taken_at_their_word() -> None:
-    assert load_kernels("reference", CPU) is reference
-    assert choose_kernels("reference", CUDA) == "reference"
+    assert load_kernels("reference") is reference
+    assert load_kernels("cpu") is cpu
+    assert choose_kernels("reference", CUDA).name == "reference"
 
 
 def test_unknown_kernels_are_an_error() -> None:
-    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, cpu, triton, reference"):
-        choose_kernels("cuda", CPU)
+    for call in (load_kernels, lambda name: choose_kernels(name, CPU)):
+        with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, cpu, triton, reference"):
+            call("cuda")
 
 
 def test_cpu_kernels_on_a_gpu_are_an_error() -> None:
-    with pytest.raises(ValueError, match="kernel is 'cpu', which cannot run on the device cuda; leave it 'auto'"):
+    with pytest.raises(ValueError, match=r"the cpu kernels cannot run on the device cuda: they run on CPUs.*'auto'"):
         choose_kernels("cpu", CUDA)
 
 
 def test_without_a_compiler_at_install_pytorch_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "KERNELS", {"reference": reference})
-    monkeypatch.setattr(backends, "MISSING", {"cpu": "No module named '_kernels'"})
-    assert choose_kernels("auto", CPU) == "reference"
-    with pytest.raises(RuntimeError, match=r"cannot be loaded: No module named '_kernels'.*with a C\+\+ compiler"):
+    def missing() -> None:
+        raise ImportError("No module named '_kernels'")
+
+    monkeypatch.setitem(backends.KERNEL_SETS, "cpu", KernelSet(missing, "cpu"))
+    assert choose_kernels("auto", CPU) == ("reference", reference, {"cpu": "No module named '_kernels'"})
+    with pytest.raises(RuntimeError, match=r"cannot be loaded: No module named '_kernels'; or set kernel to 'refer"):
         choose_kernels("cpu", CPU)
 
 
 def test_triton_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_kernels("triton", CUDA) == "triton"
-    monkeypatch.setattr(backends.KERNELS["triton"], "IS_INTERPRETED", False)
-    with pytest.raises(ValueError, match="kernel is 'triton', which runs on a CPU under TRITON_INTERPRET=1 only"):
+    assert choose_kernels("triton", CUDA).name == "triton"
+    monkeypatch.setattr(triton, "IS_INTERPRETED", False)
+    with pytest.raises(ValueError, match="device cpu: on a CPU they run under TRITON_INTERPRET=1 only"):
         choose_kernels("triton", CPU)
-    monkeypatch.setattr(backends.KERNELS["triton"], "IS_INTERPRETED", True)
-    assert choose_kernels("triton", CPU) == "triton"
+    monkeypatch.setattr(triton, "IS_INTERPRETED", True)
+    assert choose_kernels("triton", CPU).name == "triton"
+
+
+def test_triton_kernels_need_ampere() -> None:
+    with pytest.raises(ValueError, match=r"they need a compute capability of 8\.0 \(Ampere\).*this GPU's is 7\.5"):
+        choose_kernels("auto", CUDA, (7, 5))
+    assert choose_kernels("auto", CUDA, (8, 0)).name == "triton"
+    assert choose_kernels("reference", CUDA, (7, 5)).name == "reference"
+
+
+def test_what_the_sets_say_of_head_sizes_and_graphs() -> None:
+    assert [size for size in range(1, 600) if not cpu.unsupported_head_size(size)] == [*range(16, 513, 16)]
+    assert cpu.unsupported_head_size(24) == "they take multiples of 16 up to 512"
+    assert [size for size in (24, 256, 257) if not triton.unsupported_head_size(size)] == [24, 256]
+    assert reference.unsupported_head_size(24) is None
+    assert [kernels.IS_CAPTURABLE for kernels in (cpu, triton, reference)] == [False, True, False]

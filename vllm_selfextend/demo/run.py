@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import random
-import sys
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +15,10 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 KEY_COUNTS = (1, 4)
 DEPTHS = tuple(step / 20 for step in range(21))
 ROUNDS = 2
-"""Prompts a depth: with 21 depths, 42 prompts a length and number of keys."""
+"""Prompts per depth: with 21 depths, 42 per length and number of keys."""
 
-METHODS = ("unmodified", "self_extend")
+METHODS = {"unmodified": "unmodified", "self_extend": "Self-Extend"}
+"""By name: what people are shown."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,6 @@ def engine_settings(method: str) -> dict[str, Any]:
 
 def run_method(method: str, tasks: list[Task], on_answer: Callable[[], None]) -> list[Result]:
     """Answer every task through vLLM's `LLM`; `on_answer` is called once a task."""
-    _quieten()
     from vllm import LLM, SamplingParams
 
     llm = LLM(**engine_settings(method))
@@ -93,7 +90,8 @@ def run_method(method: str, tasks: list[Task], on_answer: Callable[[], None]) ->
         for batch in _by_length(tasks):
             outputs = llm.generate([task.prompt.text for task in batch], sampling, use_tqdm=False)
             for task, output in zip(batch, outputs, strict=True):
-                assert len(output.prompt_token_ids or ()) == task.num_tokens
+                if (num_tokens := len(output.prompt_token_ids or ())) != task.num_tokens:
+                    raise RuntimeError(f"A prompt made of {task.num_tokens} tokens came to vLLM as {num_tokens}.")
                 answer = output.outputs[0].text.strip()
                 results.append(Result(method, task.num_tokens, task.num_keys, task.depth, task.prompt.answer, answer))
                 on_answer()
@@ -101,14 +99,6 @@ def run_method(method: str, tasks: list[Task], on_answer: Callable[[], None]) ->
         # End the engine's processes, so that the next one has the machine to itself.
         llm.llm_engine.engine_core.shutdown(timeout=30)
     return results
-
-
-def _quieten() -> None:
-    """Leave the screen to the progress bar; what a user sets stays. The engine's processes inherit it."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if not sys.warnoptions:
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-        warnings.simplefilter("ignore", FutureWarning)
 
 
 def accuracy(results: Iterable[Result], method: str, num_tokens: int, num_keys: int) -> float:
@@ -141,11 +131,11 @@ def _plot(results: list[Result], trained_length: int, path: Path) -> None:
 
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
     axes = figure.subplots()
-    for method, label, color in (("self_extend", "Self-Extend", "tab:blue"), ("unmodified", "unmodified", "tab:red")):
+    for method, color in (("self_extend", "tab:blue"), ("unmodified", "tab:red")):
         for num_keys, style in zip(KEY_COUNTS, ("o-", "s--"), strict=True):
             shares = [accuracy(results, method, num_tokens, num_keys) for num_tokens in LENGTHS]
             keys = "1 key" if num_keys == 1 else f"{num_keys} keys"
-            axes.plot(LENGTHS, shares, style, color=color, label=f"{label}, {keys}")
+            axes.plot(LENGTHS, shares, style, color=color, label=f"{METHODS[method]}, {keys}")
     axes.axvline(trained_length, color="gray", linestyle=":", label=f"trained length, {trained_length} tokens")
     axes.set_xscale("log", base=2)
     axes.set_xticks(LENGTHS, [f"{num_tokens:,}" for num_tokens in LENGTHS])

@@ -1,0 +1,72 @@
+// Splits a batch so that all threads have work to the end, and little of it is overhead.
+#include "schedule.h"
+
+#include <algorithm>
+
+namespace selfextend {
+namespace {
+
+constexpr int kItemsPerThread = 16;        // so that the last ones to finish leave little idle
+constexpr int64_t kLeastEffort = 4 << 10;  // query rows * keys: less is not worth an item of its own
+
+int64_t effort(const Item& item, int heads) {
+  return int64_t{item.num_tokens} * heads * (item.key_end - item.key_begin);
+}
+
+// Blocks of at most `tokens` queries of one request and KV head, each over all keys that its queries see.
+std::vector<Item> split_queries(const Layer& layer, const Requests& requests, int tokens) {
+  std::vector<Item> blocks;
+  for (int64_t request = 0; request < requests.count; ++request) {
+    const int end = requests.query_start_loc[request + 1];
+    for (int token = requests.query_start_loc[request]; token < end; token += tokens) {
+      Item block{};
+      block.first_token = token;
+      block.num_tokens = std::min(tokens, end - token);
+      block.first_position = requests.seq_lens[request] - (end - token);
+      block.key_end = block.first_position + block.num_tokens;
+      if (layer.sliding_window > 0) {
+        block.key_begin = std::max(0, block.first_position - layer.sliding_window + 1) / kTile * kTile;
+      }
+      block.blocks = requests.block_table + request * requests.table_stride;
+      block.partial = -1;
+      for (block.kv_head = 0; block.kv_head < layer.num_kv_heads; ++block.kv_head) blocks.push_back(block);
+    }
+  }
+  return blocks;
+}
+
+}  // namespace
+
+Work split_batch(const Layer& layer, const Requests& requests, int rows, int threads) {
+  const int heads = layer.num_heads / layer.num_kv_heads;
+  const std::vector<Item> blocks = split_queries(layer, requests, std::max(1, rows / heads));
+  int64_t total = 0;
+  for (const Item& block : blocks) total += effort(block, heads);
+  const int64_t share = std::max(kLeastEffort, total / (int64_t{threads} * kItemsPerThread));
+
+  Work work;
+  for (const Item& block : blocks) {
+    const int block_rows = block.num_tokens * heads, keys = block.key_end - block.key_begin;
+    work.most_rows = std::max(work.most_rows, block_rows);
+    const int64_t parts = threads > 1 ? std::max<int64_t>(1, effort(block, heads) / share) : 1;
+    const int keys_per_part = static_cast<int>((keys + parts * kTile - 1) / (parts * kTile) * kTile);
+    if (keys_per_part >= keys) {
+      work.items.push_back(block);
+      continue;
+    }
+    Merge merge{block, 0, int64_t{block_rows} * (layer.head_size + 2)};
+    merge.item.partial = work.partial_floats;
+    for (Item part = block; part.key_begin < block.key_end; part.key_begin += keys_per_part, ++merge.parts) {
+      part.key_end = std::min(part.key_begin + keys_per_part, block.key_end);
+      part.partial = work.partial_floats;
+      work.items.push_back(part);
+      work.partial_floats += merge.stride;
+    }
+    work.merges.push_back(merge);
+  }
+  std::stable_sort(work.items.begin(), work.items.end(),
+                   [heads](const Item& a, const Item& b) { return effort(a, heads) > effort(b, heads); });
+  return work;
+}
+
+}  // namespace selfextend

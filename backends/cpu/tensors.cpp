@@ -1,0 +1,136 @@
+// The checks of dtypes, shapes, strides and indices.
+#include "tensors.h"
+
+#include <algorithm>
+
+namespace selfextend {
+namespace {
+
+Type type_of(const at::Tensor& tensor, const char* name, bool is_cache) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Type::kFloat32;
+    case at::kBFloat16:
+      return Type::kBFloat16;
+    case at::kHalf:
+      return Type::kFloat16;
+    case at::kFloat8_e4m3fn:
+    case at::kByte:
+      if (is_cache) return Type::kFloat8E4M3;
+      [[fallthrough]];
+    default:
+      TORCH_CHECK_VALUE(false, name, " has dtype ", tensor.scalar_type(), "; it must be float32, bfloat16",
+                        is_cache ? ", float16 or float8_e4m3fn." : " or float16.");
+  }
+}
+
+// The values of a tensor of integers: its first dimension holds at least `size`, its last is contiguous.
+template <class T>
+const T* integers_of(const at::Tensor& tensor, const char* name, int64_t size) {
+  TORCH_CHECK_VALUE(tensor.scalar_type() == c10::CppTypeToScalarType<T>::value && tensor.dim() >= 1 &&
+                        tensor.size(0) >= size && tensor.stride(-1) == 1,
+                    name, " must hold ", size, " contiguous values of ", c10::CppTypeToScalarType<T>::value, "; it is ",
+                    tensor.sizes(), " of ", tensor.scalar_type());
+  return tensor.const_data_ptr<T>();
+}
+
+}  // namespace
+
+Rows rows_of(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() == 3 && tensor.stride(2) == 1, name,
+                    " must be [num_tokens, heads, head_size] with contiguous heads; its shape is ", tensor.sizes(),
+                    ", its strides ", tensor.strides());
+  return {static_cast<char*>(tensor.data_ptr()), type_of(tensor, name, false), tensor.stride(0), tensor.stride(1)};
+}
+
+Cache cache_of(const at::Tensor& kv_cache, int64_t num_kv_heads, int64_t head_size) {
+  TORCH_CHECK_VALUE(kv_cache.dim() == 4 && kv_cache.size(1) == num_kv_heads && kv_cache.size(3) == 2 * head_size &&
+                        kv_cache.stride(3) == 1 && kv_cache.stride(2) == 2 * head_size,
+                    "kv_cache must be [num_blocks, ", num_kv_heads, ", block_size, ", 2 * head_size,
+                    "] with contiguous block interiors; its shape is ", kv_cache.sizes(), ", its strides ",
+                    kv_cache.strides());
+  TORCH_CHECK_VALUE(kv_cache.size(2) % kPanel == 0, "block_size is ", kv_cache.size(2), "; it must be a multiple of ",
+                    kPanel, ".");
+  return {static_cast<char*>(kv_cache.data_ptr()), type_of(kv_cache, "kv_cache", true), kv_cache.stride(0),
+          kv_cache.stride(1)};
+}
+
+Requests requests_of(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
+                     int64_t num_tokens, const at::Tensor& kv_cache) {
+  const int64_t count = seq_lens.size(0), block_size = kv_cache.size(2);
+  const int32_t* starts = integers_of<int32_t>(query_start_loc, "query_start_loc", count + 1);
+  const int32_t* lens = integers_of<int32_t>(seq_lens, "seq_lens", count);
+  const int32_t* table = integers_of<int32_t>(block_table, "block_table", count);
+  const int64_t num_blocks = kv_cache.size(0), max_blocks = block_table.size(1), stride = block_table.stride(0);
+  int64_t longest = 0;
+  for (int64_t request = 0; request < count; ++request) {
+    const int64_t query_len = int64_t{starts[request + 1]} - starts[request], seq_len = lens[request];
+    TORCH_CHECK_VALUE(starts[request] >= 0 && query_len >= 0 && starts[request + 1] <= num_tokens &&
+                          seq_len >= query_len && seq_len <= max_blocks * block_size,
+                      "request ", request, " has the queries ", starts[request], " to ", starts[request + 1], " of ",
+                      num_tokens, ", and ", seq_len, " tokens in ", max_blocks, " blocks of ", block_size);
+    for (int64_t i = 0; query_len > 0 && i * block_size < seq_len; ++i) {
+      const int32_t block = table[request * stride + i];
+      TORCH_CHECK_VALUE(block >= 0 && block < num_blocks, "block_table names block ", block, " for request ", request,
+                        "; the cache has ", num_blocks);
+    }
+    longest = std::max(longest, seq_len);
+  }
+  return {count, starts, lens, table, stride, longest};
+}
+
+Tokens tokens_of(const at::Tensor& positions, const at::Tensor& slot_mapping, int64_t num_tokens,
+                 const at::Tensor& kv_cache) {
+  const int64_t* position = integers_of<int64_t>(positions, "positions", num_tokens);
+  const int64_t* slot = integers_of<int64_t>(slot_mapping, "slot_mapping", num_tokens);
+  const int64_t num_slots = kv_cache.size(0) * kv_cache.size(2);
+  int64_t longest = 0;
+  for (int64_t token = 0; token < num_tokens; ++token) {
+    TORCH_CHECK_VALUE(slot[token] < num_slots, "slot_mapping names slot ", slot[token], "; the cache has ", num_slots);
+    TORCH_CHECK_VALUE(position[token] >= 0, "positions holds ", position[token], "; it must be 0 or more.");
+    longest = std::max(longest, position[token] + 1);
+  }
+  return {num_tokens, position, slot, longest};
+}
+
+Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size, double k_scale, double v_scale) {
+  Layer layer{};
+  layer.num_heads = static_cast<int>(rows.size(1));
+  layer.num_kv_heads = static_cast<int>(kv_cache.size(1));
+  layer.head_size = static_cast<int>(rows.size(2));
+  layer.block_size = static_cast<int>(kv_cache.size(2));
+  layer.group_size = static_cast<int>(group_size);
+  layer.k_scale = static_cast<float>(k_scale);
+  layer.v_scale = static_cast<float>(v_scale);
+  TORCH_CHECK_VALUE(layer.head_size % kPanel == 0 && layer.head_size <= kMaxHeadSize, "head_size is ", layer.head_size,
+                    "; it must be a multiple of ", kPanel, " up to ", kMaxHeadSize, ".");
+  TORCH_CHECK_VALUE(layer.num_heads % layer.num_kv_heads == 0, "num_heads is ", layer.num_heads,
+                    "; it must be a multiple of num_kv_heads, ", layer.num_kv_heads, ".");
+  return layer;
+}
+
+void set_rotation(Layer& layer, const std::optional<at::Tensor>& cos_sin, bool interleaved, int64_t num_positions,
+                  int64_t longest) {
+  if (layer.group_size == 1) return;
+  TORCH_CHECK_VALUE(cos_sin.has_value(), "group_size is ", layer.group_size,
+                    ", and re-rotating needs params.rotation, which is None.");
+  TORCH_CHECK_VALUE(cos_sin->scalar_type() == at::kFloat && cos_sin->dim() == 2 && cos_sin->is_contiguous() &&
+                        cos_sin->size(1) <= layer.head_size && cos_sin->size(1) % 2 == 0,
+                    "params.rotation.cos_sin must be contiguous float32 [steps, an even number up to ", layer.head_size,
+                    "]; it is ", cos_sin->sizes(), " of ", cos_sin->scalar_type());
+  TORCH_CHECK_VALUE(longest <= num_positions, "params.rotation.cos_sin has ", cos_sin->size(0), " rows, which reach ",
+                    num_positions, " positions; a sequence of this batch has ", longest);
+  layer.cos_sin = cos_sin->const_data_ptr<float>();
+  layer.rotary_dim = static_cast<int>(cos_sin->size(1));
+  layer.interleaved = interleaved;
+}
+
+void set_sinks(Layer& layer, const std::optional<at::Tensor>& sinks) {
+  if (!sinks.has_value()) return;
+  TORCH_CHECK_VALUE(sinks->scalar_type() == at::kFloat && sinks->is_contiguous() && sinks->numel() == layer.num_heads,
+                    "sinks must be ", layer.num_heads, " values of float32; they are ", sinks->sizes(), " of ",
+                    sinks->scalar_type());
+  layer.sinks = sinks->const_data_ptr<float>();
+}
+
+}  // namespace selfextend

@@ -1,0 +1,45 @@
+// From the operators' tensors to the plain data of kernel.h and schedule.h. What does not fit is a ValueError in Python
+// that names the values and what is needed: kernels read and write memory without looking.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "kernel.h"
+#include "schedule.h"
+
+namespace selfextend {
+
+// A tensor [num_tokens, heads, head_size].
+Rows rows_of(const at::Tensor& tensor, const char* name);
+
+Cache cache_of(const at::Tensor& kv_cache, int64_t num_kv_heads, int64_t head_size);
+
+// The requests of a step of `num_tokens` tokens.
+Requests requests_of(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
+                     int64_t num_tokens, const at::Tensor& kv_cache);
+
+// The new tokens of a step, for storing: see interface.AttentionBatch.
+struct Tokens {
+  int64_t count;
+  const int64_t* positions;  // [count]
+  const int64_t* slots;      // [count]; negative: not stored
+  int64_t longest;           // the largest position + 1
+};
+
+Tokens tokens_of(const at::Tensor& positions, const at::Tensor& slot_mapping, int64_t num_tokens,
+                 const at::Tensor& kv_cache);
+
+// The part of a layer that both calls need; `rows` are its queries or its keys.
+Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size, double k_scale, double v_scale);
+
+// Gives a layer that groups positions its rotation, which reaches `num_positions` positions of a sequence
+// (interface.AttentionParams.num_positions); the batch's longest sequence has `longest`.
+void set_rotation(Layer& layer, const std::optional<at::Tensor>& cos_sin, bool interleaved, int64_t num_positions,
+                  int64_t longest);
+
+void set_sinks(Layer& layer, const std::optional<at::Tensor>& sinks);
+
+}  // namespace selfextend

@@ -1,0 +1,91 @@
+"""The plan: every number of one served model, and how it travels from the process that made it to the workers."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .positions import capacity
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CONFIG_KEY = "self_extend"
+"""Where in vLLM's `additional_config` the user's settings are, and then the plan."""
+
+
+@dataclass(frozen=True)
+class ExtensionPlan:
+    """Every number of one served model; see `SelfExtendConfig` for those the user can set.
+
+    Attributes:
+        max_model_len: `N`, the longest sequence to be served, tokens.
+        trained_length: `L`, tokens.
+        group_size: `G`.
+        neighbor_window: `W`, tokens.
+        exact_short: Whether queries within the trained length get the unmodified model's attention.
+        log_scale: Whether queries past it are scaled up by the logarithm of their position.
+        kernel: The kernel set; in a plan that was written no longer `"auto"`.
+        reason: Why the numbers that the user left open are what they are.
+
+    """
+
+    max_model_len: int
+    trained_length: int
+    group_size: int
+    neighbor_window: int
+    exact_short: bool
+    log_scale: bool
+    kernel: str
+    reason: str
+
+    @property
+    def capacity(self) -> int:
+        """The longest sequence these numbers can serve, tokens."""
+        return capacity(self.trained_length, self.group_size, self.neighbor_window)
+
+    @property
+    def rule_share(self) -> float:
+        """`(W + (N - W) / G) / L`: the authors find good answers below about 1/2 to 2/3."""
+        beyond = max(0, self.max_model_len - self.neighbor_window)
+        return (self.neighbor_window + beyond / self.group_size) / self.trained_length
+
+    @property
+    def exact_len(self) -> int:
+        """Queries at positions below this one get the unmodified model's attention."""
+        return self.trained_length if self.exact_short else 0
+
+    @property
+    def log_scale_len(self) -> int:
+        """The length from which queries are scaled up by the logarithm of their position; 0 is off."""
+        return self.trained_length if self.log_scale else 0
+
+
+def write_plan(vllm_config: "VllmConfig", plan: ExtensionPlan) -> None:
+    """Put the plan where every process of an engine finds it: in place of the user's settings.
+
+    Raises:
+        ValueError: `additional_config` is not a dict.
+
+    """
+    if not isinstance(vllm_config.additional_config, dict):
+        raise ValueError(
+            f"additional_config is a {type(vllm_config.additional_config).__name__}; with Self-Extend it must be a "
+            "dict, since that is where its numbers travel to vLLM's workers."
+        )
+    vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: dataclasses.asdict(plan)}
+
+
+def read_plan(vllm_config: "VllmConfig") -> ExtensionPlan:
+    """The plan that `write_plan` wrote, in any process.
+
+    Raises:
+        RuntimeError: None was written.
+
+    """
+    written = vllm_config.additional_config.get(CONFIG_KEY) if isinstance(vllm_config.additional_config, dict) else None
+    if not isinstance(written, dict) or written.keys() != {field.name for field in dataclasses.fields(ExtensionPlan)}:
+        raise RuntimeError(
+            "The attention backend CUSTOM is in use, but its plan is not in additional_config: configure the engine "
+            "with EngineArgs.create_engine_config (as LLM and vllm serve do) and with this plugin installed."
+        )
+    return ExtensionPlan(**written)
