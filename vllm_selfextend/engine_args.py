@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import AttentionConfig, VllmConfig
+from vllm.config import AttentionConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -125,6 +125,8 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
     else:
         worker_cls = vllm_config.parallel_config.worker_cls
         vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
+        if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
+            _extend_draft(vllm_config.speculative_config, plan)
         logger.info(
             "Self-Extend: trained length %d, group size %d, neighbor window %d, reaching %d of at most %d tokens (%s). "
             "Prompts within the trained length are answered %s.",
@@ -141,3 +143,15 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
         logger.warning("The %s kernels cannot be loaded (%s), so the slower %s kernels serve.", name, why, chosen.name)
     logger.info("Self-Extend's attention runs on the %s kernels.", chosen.name)
     write_plan(vllm_config, dataclasses.replace(plan, kernel=chosen.name))
+
+
+def _extend_draft(speculative_config: SpeculativeConfig, plan: ExtensionPlan) -> None:
+    """Extend a draft model like the model that it drafts for, unless the user chose another backend for it.
+
+    vLLM would choose its backend anew (`vllm/v1/spec_decode/llm_base_proposer.py`, `_create_draft_vllm_config`), and
+    not ask it past the length of its own checkpoint.
+    """
+    if speculative_config.attention_backend is None:
+        speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
+    if speculative_config.attention_backend == AttentionBackendEnum.CUSTOM and speculative_config.max_model_len is None:
+        speculative_config.draft_model_config.max_model_len = plan.max_model_len

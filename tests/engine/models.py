@@ -11,6 +11,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -104,6 +105,22 @@ CONFIGS: dict[str, PreTrainedConfig] = {
             "original_max_position_embeddings": 32,
         },
     ),
+    # gpt-oss. Every token goes to every expert: a choice of experts would turn rounding into other answers.
+    "sinks": GptOssConfig(
+        **SHAPE,
+        **SLIDING,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 2.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    ),
 }
 
 
@@ -116,5 +133,7 @@ def save_random_model(name: str, folder: Path) -> str:
         for parameter_name, parameter in model.named_parameters():
             if "bias" in parameter_name:
                 parameter.normal_(0.0, 0.3)
+            if "sinks" in parameter_name:
+                parameter.normal_(3.0, 1.0)
     model.save_pretrained(path)
     return str(path)

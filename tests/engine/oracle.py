@@ -6,6 +6,7 @@ rotary functions, and picks each score by `i - j < W`. The whole sequence is com
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 @dataclass(frozen=True)
 class SelfExtend:
-    """The paper's numbers; `exact_len` as the project defines it, `group_size=1` the unmodified model."""
+    """The paper's numbers; `exact_len` and `log_scale_len` as the project defines them, `group_size=1` no grouping."""
 
     group_size: int
     neighbor_window: int
     exact_len: int = 0
+    log_scale_len: int = 0
 
 
 def next_token_logprobs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[np.ndarray]:
@@ -56,7 +58,7 @@ def _unrotated(model: torch.nn.Module) -> Iterator[Callable]:
         yield rotate
 
 
-def _attention(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_):
     """`[1, heads, tokens, head_size]` queries, keys and values, not rotated, to `[1, tokens, heads, head_size]`."""
     rotary_emb, rotate, method = module.oracle
     repeats = query.shape[1] // key.shape[1]
@@ -74,10 +76,15 @@ def _attention(module, query, key, value, attention_mask, scaling, sliding_windo
     grouped = scores(position // group + window - window // group, position // group)
     is_neighbor = (distance < window) | (position < method.exact_len)[:, None]
     chosen = torch.where(is_neighbor, neighbor, grouped)
+    if method.log_scale_len and not sliding_window:
+        chosen = chosen * ((position + 1).log() / math.log(method.log_scale_len)).clamp(min=1.0)[:, None]
     if softcap:
         chosen = softcap * torch.tanh(chosen / softcap)
     hidden = (distance < 0) | (distance >= sliding_window if sliding_window else torch.tensor(False))
-    weights = chosen.masked_fill(hidden, float("-inf")).softmax(-1)
+    chosen = chosen.masked_fill(hidden, float("-inf"))
+    if s_aux is not None:  # attention sinks: one more score per head, whose value is nothing
+        chosen = torch.cat([chosen, s_aux[:, None, None].expand(1, -1, len(position), 1)], -1)
+    weights = chosen.softmax(-1)[..., : len(position)]
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -86,6 +93,6 @@ def _rotated(module, rotary_emb, rotate, x, position):
     kind = getattr(module, "layer_type", None)
     per_kind = kind is not None and hasattr(rotary_emb, f"{kind}_inv_freq")
     cos, sin = rotary_emb(x, position[None], *([kind] if per_kind else []))
-    rotary_dim = cos.shape[-1]
+    rotary_dim = 2 * len(getattr(rotary_emb, f"{kind}_inv_freq" if per_kind else "inv_freq"))
     turned, _ = rotate(x[..., :rotary_dim], x[..., :rotary_dim], cos, sin)
     return torch.cat([turned, x[..., rotary_dim:]], -1)

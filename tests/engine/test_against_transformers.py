@@ -78,6 +78,25 @@ def test_tokens_equal_the_papers(
     check(llm, oracle, path, texts, method)
 
 
+@pytest.mark.parametrize("name", ["llama", "cohere", "phi", "gemma2"])
+def test_through_vllms_transformers_backend(
+    name: str, checkpoint: Callable, start_engine: Callable, oracle: Callable
+) -> None:
+    """Pairs as halves and interleaved, on all dimensions and on some."""
+    for other in CONFIGS:
+        checkpoint(other)  # now, since the backend changes transformers' classes in this process for good
+    path = checkpoint(name)
+    llm = start_engine(
+        path,
+        model_impl="transformers",
+        attention_backend="CUSTOM",
+        max_model_len=245,
+        additional_config={"self_extend": {"group_size": 5, "neighbor_window": 18}},
+    )
+    assert llm.apply_model(lambda model: type(model).__name__) == ["TransformersForCausalLM"]
+    check(llm, oracle, path, prompts(5, 18, 245, block_size=32), SelfExtend(5, 18, TRAINED_LENGTH))
+
+
 @pytest.mark.parametrize("name", ["llama", "glm4"])
 def test_the_oracle_tells_methods_apart(name: str, checkpoint: Callable, oracle: Callable) -> None:
     """The comparison above could not pass with wrong positions."""
@@ -104,3 +123,16 @@ def test_disable_sliding_window(checkpoint: Callable, start_engine: Callable, or
         additional_config={"self_extend": {"group_size": 8, "neighbor_window": 16}},
     )
     check(llm, oracle, path, prompts(8, 16, 200, block_size=32), SelfExtend(8, 16, exact_len=window))
+
+
+def test_log_scale(checkpoint: Callable, start_engine: Callable, oracle: Callable) -> None:
+    """In layers that see the whole context, before the soft cap; those with a sliding window keep their queries."""
+    path = checkpoint("gemma2")
+    llm = start_engine(
+        path,
+        attention_backend="CUSTOM",
+        max_model_len=245,
+        additional_config={"self_extend": {"group_size": 5, "neighbor_window": 18, "log_scale": True}},
+    )
+    method = SelfExtend(5, 18, exact_len=TRAINED_LENGTH, log_scale_len=TRAINED_LENGTH)
+    check(llm, oracle, path, prompts(5, 18, 245, block_size=32), method)

@@ -94,6 +94,19 @@ def test_with_ngram_speculation(
     assert counter(llm, "vllm:spec_decode_num_draft_tokens") > 0
 
 
+@pytest.mark.parametrize("draft", ["llama", "llama-mqa"])
+def test_with_a_draft_model(draft: str, alone: list[list[int]], checkpoint: Callable, start_engine: Callable) -> None:
+    speculation = {"method": "draft_model", "model": checkpoint(draft), "num_speculative_tokens": 3}
+    llm = start_engine(checkpoint("llama"), **SETTINGS, speculative_config=speculation)
+    assert answers(llm, prompts()) == alone
+    drafted = counter(llm, "vllm:spec_decode_num_draft_tokens")
+    accepted = counter(llm, "vllm:spec_decode_num_accepted_tokens")
+    assert drafted > 0
+    if draft == "llama":
+        # A model that drafts for itself is right at every length, if it is extended as a draft too.
+        assert accepted > 0.9 * drafted
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_is_close_to_float32(dtype: str, checkpoint: Callable, start_engine: Callable) -> None:
     """Rounding may change a random model's tokens; the log-probabilities of a text stay close."""

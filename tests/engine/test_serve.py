@@ -36,6 +36,13 @@ class Server:
             model="passkey", prompt=prompt, **{"max_tokens": 5, "temperature": 0.0, **settings}
         )
 
+    def chat(self, message: str, **settings: object):
+        return self.client.chat.completions.create(
+            model="passkey",
+            messages=[{"role": "user", "content": message}],
+            **{"max_tokens": 5, "temperature": 0.0, **settings},
+        )
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -86,6 +93,20 @@ def test_a_long_prompt_is_answered_as_a_stream(server: Server) -> None:
     prompt = long_prompt(1)
     pieces = [chunk.choices[0].text for chunk in server.complete(prompt.text, stream=True)]
     assert len(pieces) >= 5
+    assert "".join(pieces).strip() == prompt.answer
+
+
+def test_a_long_chat_message_is_answered(server: Server) -> None:
+    prompt = long_prompt(34)
+    completion = server.chat(prompt.text)
+    assert completion.usage.prompt_tokens == PROMPT_TOKENS
+    assert completion.choices[0].message.content.strip() == prompt.answer
+
+
+def test_a_long_chat_message_is_answered_as_a_stream(server: Server) -> None:
+    prompt = long_prompt(35)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in server.chat(prompt.text, stream=True)]
+    assert len(list(filter(None, pieces))) >= 5
     assert "".join(pieces).strip() == prompt.answer
 
 
