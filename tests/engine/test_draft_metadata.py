@@ -1,6 +1,6 @@
 """Metadata with which a drafter takes several steps, and the Triton kernels below a draft model.
 
-vLLM's second model runner updates metadata in place (`vllm/v1/worker/gpu/spec_decode/`). It is for GPUs; what it does is
+vLLM's second model runner, for GPUs, updates metadata in place (`vllm/v1/worker/gpu/spec_decode/`): what it does is
 done here by hand. The first runner, which a CPU runs, builds a draft's metadata anew at every step.
 """
 
