@@ -126,7 +126,7 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
         worker_cls = vllm_config.parallel_config.worker_cls
         vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
         if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
-            _extend_draft(vllm_config.speculative_config, plan)
+            _extend_draft(vllm_config.speculative_config, plan, device)
         logger.info(
             "Self-Extend: trained length %d, group size %d, neighbor window %d, reaching %d of at most %d tokens (%s). "
             "Prompts within the trained length are answered %s.",
@@ -145,13 +145,24 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
     write_plan(vllm_config, dataclasses.replace(plan, kernel=chosen.name))
 
 
-def _extend_draft(speculative_config: SpeculativeConfig, plan: ExtensionPlan) -> None:
-    """Extend a draft model like the model that it drafts for, unless the user chose another backend for it.
+def _extend_draft(speculative_config: SpeculativeConfig, plan: ExtensionPlan, device: torch.device) -> None:
+    """Extend a draft model like the model that it drafts for, if it can be and the user chose no other backend for it.
 
     vLLM would choose its backend anew (`vllm/v1/spec_decode/llm_base_proposer.py`, `_create_draft_vllm_config`), and
     not ask it past the length of its own checkpoint.
+
+    Raises:
+        ValueError: The user chose CUSTOM for a draft model that cannot be extended.
+
     """
-    if speculative_config.attention_backend is None:
-        speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
-    if speculative_config.attention_backend == AttentionBackendEnum.CUSTOM and speculative_config.max_model_len is None:
-        speculative_config.draft_model_config.max_model_len = plan.max_model_len
+    draft, backend = speculative_config.draft_model_config, speculative_config.attention_backend
+    if backend not in (None, AttentionBackendEnum.CUSTOM):
+        return
+    if reason := unsupported_reason(plan, draft, device):
+        if backend is not None:
+            raise ValueError(f"Self-Extend cannot serve the draft model {draft.model}: {reason}")
+        logger.warning("The draft model %s is not extended: %s", draft.model, reason)
+        return
+    speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
+    if speculative_config.max_model_len is None:
+        draft.max_model_len = plan.max_model_len

@@ -146,6 +146,29 @@ def test_drafts_that_write_the_cache_themselves(tmp_path: Path) -> None:
     assert "the drafts of speculative method 'dflash' write the cache themselves" in reason
 
 
+def test_draft_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
+
+    def draft(config: dict[str, Any], **settings: Any) -> Any:
+        (tmp_path / "draft").mkdir(exist_ok=True)
+        (tmp_path / "draft" / "config.json").write_text(json.dumps(config))
+        speculative = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2}
+        return configure(tmp_path, LLAMA, speculative_config=speculative | settings).speculative_config
+
+    extended = draft(LLAMA)
+    assert (extended.attention_backend.name, extended.draft_model_config.max_model_len) == ("CUSTOM", 512)
+    assert not said
+    other = draft(LLAMA, attention_backend="TRITON_ATTN")
+    assert (other.attention_backend.name, other.draft_model_config.max_model_len) == ("TRITON_ATTN", 64)
+    odd = {**LLAMA, "head_dim": 24}
+    left = draft(odd)
+    assert (left.attention_backend, left.draft_model_config.max_model_len) == (None, 64)
+    assert any("draft is not extended: its heads have 24" in line for line in said)
+    with pytest.raises(ValueError, match=r"cannot serve the draft model .*draft: its heads have 24 dimensions"):
+        draft(odd, attention_backend="CUSTOM")
+
+
 def test_gpus_that_are_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: DeviceCapability(7, 5))
     monkeypatch.setattr(support, "current_platform", old)

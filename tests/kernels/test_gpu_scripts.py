@@ -9,19 +9,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def run_script(name: str, *options: str, interpret: bool) -> str:
+def run_script(name: str, *options: str, interpret: bool, code: int = 0) -> str:
     environment = {**os.environ, "TRITON_INTERPRET": "1" if interpret else "0", "COLUMNS": "200"}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / name), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    command = [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stderr if code else done.stdout
 
 
 def test_kernels_compile_for_gpus_without_spills_in_loops(tmp_path: Path) -> None:
     targets = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
     options = [f"--target={name}" for name in targets]
     options += ["--head-size=64", "--head-size=128", "--head-size=256", "--cache=bfloat16", "--cache=fp8"]
-    run_script("triton_compile.py", *options, "--json", str(tmp_path / "rows"), interpret=False)
+    run_script("triton_compile", *options, "--json", str(tmp_path / "rows"), interpret=False)
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     attention = [row for row in rows if row["kernel"] == "attention"]
     assert len(attention) == len(targets) * 3 * 2 * 3
@@ -35,14 +35,12 @@ def test_kernels_compile_for_gpus_without_spills_in_loops(tmp_path: Path) -> Non
             assert row["loops"][0]["instruction"] == targets[row["target"]], row
 
 
-def test_a_target_that_is_not_known_is_an_error(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "triton_compile.py"), "--target", "sm_75"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "'sm_75' is not one of sm_80" in done.stderr
+def test_a_target_that_is_not_known_is_an_error() -> None:
+    printed = run_script("triton_compile", "--target", "sm_75", interpret=False, code=2)
+    assert "'sm_75' is not one of sm_80" in printed
 
 
 def test_the_gpu_benchmarks_check_of_the_kernels() -> None:
-    printed = run_script("gpu.py", "--correctness-only", interpret=True)
+    printed = run_script("gpu", "--correctness-only", interpret=True)
     assert printed.count("right") >= 16
     assert "wrong" not in printed.lower()
