@@ -1,6 +1,7 @@
 # make demo   see a model trained on 256 tokens find a passkey in 4,000
 # make check  run every static check and the unit tests, in less than a minute
-# make test   run every test          make test-gpu   run those that need a GPU
+# make test   run every test but the slow ones, two at a time       make test-slow   run the slow ones
+# make test-gpu   run the tests that need a GPU
 # make sanitize   run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make benchmark  time the kernels and the engine against stock vLLM
 # All of them set up .venv first, and are quick the second time.
@@ -12,7 +13,7 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: install demo check test test-gpu lint sanitize benchmark format train clean
+.PHONY: install demo check test test-slow test-gpu lint sanitize benchmark format train clean
 .DEFAULT_GOAL := demo
 
 install: .venv/.installed
@@ -36,8 +37,13 @@ demo: install
 check: lint
 	$(BIN)/pytest -q tests/unit
 
+PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
+
 test: install
-	$(BIN)/pytest $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-slow: install
+	$(PYTEST) -m slow $(TESTS)
 
 # On a GPU machine, with the PyTorch that is there: needs torch, triton and pytest, neither vLLM nor this package.
 test-gpu:

@@ -105,6 +105,7 @@ setup(
             "pytest>=8.4",
             "hypothesis>=6.140",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.6",
         ],
     },
     entry_points={

@@ -37,7 +37,7 @@ class Device:
 def find_device(device: torch.device) -> Device:
     """The GPU that tensors on `device` are on; on a CPU the interpreter, which counts as a small one."""
     if device.type == "cpu":
-        return Device(None, 8)
+        return Device(None, 2)
     properties = torch.cuda.get_device_properties(device)
     return Device(triton.runtime.driver.active.get_current_target(), properties.multi_processor_count)
 

@@ -1,6 +1,7 @@
 """The demo on a few of its prompts; `make demo` runs all of them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ cli.app(["demo", "--output", sys.argv[1]])
 
 
 def test_self_extend_finds_what_the_unmodified_model_does_not(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], capture_output=True, text=True)
+    # As in a user's shell: the tests' own settings silence vLLM.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     prompts = json.loads((tmp_path / "results.json").read_text())["prompts"]
     found = {method: [row["found"] for row in prompts if row["method"] == method] for method in run.METHODS}
@@ -34,7 +37,7 @@ def test_self_extend_finds_what_the_unmodified_model_does_not(tmp_path: Path) ->
     assert sum(found["unmodified"]) <= 1
     # The screen is the bars', the table's and the example's; everything else is in the log.
     assert {line.split()[0] for line in done.stderr.splitlines()} == set(run.METHODS.values())
-    assert done.stdout.splitlines()[0].strip() == "Passkeys found by a model trained on 256"
+    assert done.stdout.splitlines()[0].strip() == "Passkeys found by a model trained on 256 tokens"
     assert "Self-Extend: trained length 256" in (tmp_path / "vllm.log").read_text()
 
 

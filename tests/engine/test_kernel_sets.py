@@ -74,6 +74,7 @@ def test_an_fp8_cache_still_finds_the_keys(kernel: str, start_engine: Callable) 
     assert found_fp8 >= len(prompts) - 3
 
 
+@pytest.mark.slow
 def test_triton_kernels_agree_in_chunks_batches_and_on_a_prefix_hit(start_engine: Callable) -> None:
     # The small model's trained length is 256: within it, past it, and far past it, in chunks of 128.
     rng = random.Random(6)

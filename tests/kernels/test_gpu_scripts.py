@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,6 +19,7 @@ def run_script(name: str, *options: str, interpret: bool, code: int = 0) -> str:
     return done.stderr if code else done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_gpus_without_spills_in_loops(tmp_path: Path) -> None:
     targets = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
     options = [f"--target={name}" for name in targets]
@@ -40,6 +43,7 @@ def test_a_target_that_is_not_known_is_an_error() -> None:
     assert "'sm_75' is not one of sm_80" in printed
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmarks_check_of_the_kernels() -> None:
     printed = run_script("gpu", "--correctness-only", interpret=True)
     assert printed.count("right") >= 16

@@ -194,6 +194,7 @@ def test_nan_reaches_the_output() -> None:
     assert out[2:].isnan().all()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_random_cases(case: Case, dtype: torch.dtype) -> None:
