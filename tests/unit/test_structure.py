@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,15 @@ def test_backends_know_tensors_only() -> None:
             assert imported.partition(".")[0] != "vllm", f"{name} imports {imported}"
             if imported.startswith("vllm_selfextend"):
                 assert imported.startswith("vllm_selfextend.backends"), f"{name} imports {imported}"
+
+
+def test_kernels_and_their_benchmarks_run_without_vllm() -> None:
+    """On a GPU machine with torch and triton only."""
+    modules = [name for name in FILES if name.startswith("vllm_selfextend.backends")]
+    modules += ["benchmarks.gpu", "benchmarks.triton_compile", "tests.gpu.test_kernels"]
+    lines = ["import sys", "sys.modules['vllm'] = None", *(f"import {name}" for name in modules)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, env=environment, check=True)
 
 
 def test_every_module_has_one_name() -> None:

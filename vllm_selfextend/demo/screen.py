@@ -21,7 +21,7 @@ def stderr_to(log: Path) -> Iterator[TextIO]:
         with log.open("w") as file:
             os.dup2(file.fileno(), 2)
         yield real
-    except BaseException:
+    except Exception:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         real.write("\n".join([f"The end of {log}:", *lines[-TAIL_LINES:], ""]))
         raise
