@@ -6,6 +6,7 @@
 import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # each core has a process of its own
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes share the cores: their threads must not wait for work by spinning, nor all be bound to the same ones.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

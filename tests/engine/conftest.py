@@ -27,6 +27,7 @@ ENGINE_DEFAULTS: dict[str, Any] = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A module's tests, which share engines, run in one process."""
     for item in items:
