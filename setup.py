@@ -23,9 +23,9 @@ if IS_X86:
 # GCC 12 warns of its own AVX-512 header (GCC bug 105593).
 OPTIONS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
 OPTIONS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
-# Added for whoever works on the kernels, where the environment variable is set.
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer"]
 ON_REQUEST = {"SELFEXTEND_WERROR": ["-Werror"], "SELFEXTEND_SANITIZE": SANITIZE}
+"""What is added where an environment variable is set. A warning of a user's compiler must not cost them the kernels."""
 
 
 class BuildKernels(build_ext):

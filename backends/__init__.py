@@ -88,21 +88,26 @@ def choose_kernels(name: str, device: "torch.device", capability: tuple[int, int
         RuntimeError: It cannot be loaded.
 
     """
-    missing: dict[str, str] = {}
-    chosen, kernels = name, None
-    if name == "auto":
-        chosen = "reference"
-        for candidate, (load, device_type) in KERNEL_SETS.items():
-            if device_type == device.type:
-                try:
-                    chosen, kernels = candidate, load()
-                    break
-                except ImportError as error:
-                    missing[candidate] = str(error)
-    kernels = kernels or load_kernels(chosen)
+    chosen, missing = _fastest(device.type) if name == "auto" else (name, {})
+    kernels = load_kernels(chosen)
     if problem := kernels.unsupported_device(device, capability):
+        instead = "Set kernel" if name == "auto" else "Leave kernel 'auto', or set it"
         raise ValueError(
-            f"the {chosen} kernels cannot run on the device {device}: {problem}. Leave kernel 'auto', or set it to "
-            "'reference', which runs anywhere, slowly."
+            f"the {chosen} kernels cannot run on the device {device}: {problem}. {instead} to 'reference', which runs "
+            "anywhere, slowly."
         )
     return Choice(chosen, kernels, missing)
+
+
+def _fastest(device_type: str) -> tuple[str, dict[str, str]]:
+    """The first kernel set for such a device that can be loaded, and why those before it cannot."""
+    missing: dict[str, str] = {}
+    for name, kernel_set in KERNEL_SETS.items():
+        if kernel_set.device_type == device_type:
+            try:
+                kernel_set.load()
+            except ImportError as error:
+                missing[name] = str(error)
+            else:
+                return name, missing
+    return "reference", missing
