@@ -15,7 +15,12 @@ from vllm_selfextend.backends.interface import Kernels
 
 
 def run(
-    kernels: Kernels, device: torch.device, num_layers: int, console: Console, bar: Progress, write: Callable[..., None]
+    kernels: Kernels,
+    device: torch.device,
+    num_layers: int,
+    console: Console,
+    bar: Progress,
+    write: Callable[[dict[str, Any]], None],
 ) -> bool:
     """Check, print, and say whether all is right. On a CPU, where Triton interprets, the checks are small ones."""
     is_cpu = device.type == "cpu"
@@ -51,6 +56,6 @@ def _table(results: list[checks.Result]) -> Table:
             # Not Python's max(), which may lose NaN.
             most, norm = torch.tensor([(result.most, result.norm) for result in alike]).amax(0).tolist()
             verdict = "wrong" if any(result.problem for result in alike) else "right"
-            errors: tuple[Any, ...] = f"{most:.1e}", f"{numbers.most:.0e}", f"{norm:.1e}", f"{numbers.norm:.0e}"
+            errors = f"{most:.1e}", f"{numbers.most:.0e}", f"{norm:.1e}", f"{numbers.norm:.0e}"
             table.add_row(numbers.name, batch, str(len(alike)), *errors, verdict)
     return table
