@@ -7,6 +7,7 @@ same machine gives the same weights. The result is an ordinary `transformers` ch
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from vllm_selfextend.demo import MODEL_DIR, passkey
+from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.evaluation.passkey import CITIES, COMPLETED, KEY_DIGITS
 
 TRAINED_LENGTH = 256
 SHORTEST = 100
@@ -26,18 +28,56 @@ TOKENS_A_KEY = 30  # the sentence that says it, the question and the answer
 OTHER_WEIGHT = 0.05  # of a token that belongs to no answer, in the loss
 FIRST_WEIGHT = 3.0  # added for an answer's first digit
 
+# The passkey task's filler is among these; more of them teach the model to look for keys, not for what is not filler.
+FILLER = (
+    "the grass is green .",
+    "the sky is blue .",
+    "the sun is warm today .",
+    "here we go .",
+    "there and back again .",
+    "a bird sings in the old tree .",
+    "rain falls on the quiet hills .",
+    "the river runs to the sea .",
+    "we walk along the long road .",
+    "snow lies on the high mountain .",
+    "children play in the garden .",
+    "the wind moves the tall trees .",
+)
+DIGITS = tuple("0123456789")
+
+
+def words(text: str) -> list[str]:
+    """What the tokenizer makes of a text: words, digits and punctuation marks."""
+    return re.findall(r"[a-z]+|\d|[^\w\s]", text.lower())
+
+
+def vocabulary() -> list[str]:
+    """Every word a text or an answer can hold, sorted."""
+    statement = COMPLETED.statement.format(city="", key="")
+    texts = [*FILLER, *CITIES, *DIGITS, statement, COMPLETED.question.format(city="")]
+    return sorted({word for text in texts for word in words(text)})
+
+
+def filler_sentences(num_words: int, rng: random.Random) -> list[list[str]]:
+    """Random filler of exactly `num_words` words; the first sentence may lack its beginning."""
+    sentences: list[list[str]] = []
+    missing = num_words
+    while missing > 0:
+        sentence = words(rng.choice(FILLER))
+        sentences.append(sentence[-missing:])
+        missing -= len(sentence)
+    return sentences[::-1]
+
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, digit or punctuation mark; `<s>` in front."""
-    vocabulary = {word: i for i, word in enumerate([BOS, EOS, UNK, *passkey.vocabulary()])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
+    ids = {word: i for i, word in enumerate([BOS, EOS, UNK, *vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token=UNK)
     # Not a chat model: the messages are simply joined, so that the chat and batch interfaces can be tried as well.
     fast.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -76,21 +116,21 @@ def make_example(length: int, rng: random.Random) -> tuple[list[str], list[bool]
     """
     fitting = min(MAX_KEYS, (length - 2) // TOKENS_A_KEY)
     num_keys = rng.choice([rng.randint(1, fitting), fitting, fitting])
-    cities = rng.sample(passkey.CITIES, num_keys)
-    keys = {city: " ".join(rng.choices(passkey.DIGITS, k=passkey.KEY_DIGITS)) for city in cities}
+    cities = rng.sample(CITIES, num_keys)
+    keys = {city: "".join(rng.choices(DIGITS, k=KEY_DIGITS)) for city in cities}
     asked = rng.choices(cities, k=len(cities))
-    questions = [passkey.question(city).split() for city in asked]
-    answers = [f"{keys[city]} .".split() for city in asked]
-    statements = [passkey.key_sentence(city, key).split() for city, key in keys.items()]
-    text = passkey.filler_sentences(length - 2 - sum(map(len, [*questions, *answers, *statements])), rng)
+    questions = [words(COMPLETED.question.format(city=city)) for city in asked]
+    answers = [words(f"{keys[city]}.") for city in asked]
+    statements = [words(COMPLETED.statement.format(city=city, key=key)) for city, key in keys.items()]
+    text = filler_sentences(length - 2 - sum(map(len, [*questions, *answers, *statements])), rng)
     for statement in statements:
         text.insert(rng.randint(0, len(text)), statement)
-    words = [word for sentence in text for word in sentence]
-    is_answer = [False] * len(words)
+    example = [word for sentence in text for word in sentence]
+    is_answer = [False] * len(example)
     for question, answer in zip(questions, answers, strict=True):
-        words += question + answer
+        example += question + answer
         is_answer += [False] * len(question) + [True] * len(answer)
-    return words, is_answer
+    return example, is_answer
 
 
 def make_batch(
@@ -99,8 +139,8 @@ def make_batch(
     """Token ids and whether each belongs to an answer, both `[batch_size, length]`."""
     ids, answers = [], []
     for _ in range(batch_size):
-        words, is_answer = make_example(length, rng)
-        ids.append(tokenizer(" ".join(words))["input_ids"] + [tokenizer.eos_token_id])
+        example, is_answer = make_example(length, rng)
+        ids.append(tokenizer(" ".join(example))["input_ids"] + [tokenizer.eos_token_id])
         answers.append([False, *is_answer, True])
     return torch.tensor(ids), torch.tensor(answers)
 

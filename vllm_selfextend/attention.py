@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from .backends import load_kernels
 from .backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
-from .plan import read_plan
+from .plan import ExtensionPlan, read_plan
 
 
 class SelfExtendBackend(AttentionBackend):
@@ -174,9 +174,10 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         """Whether this layer groups positions."""
         return self.plan.group_size > 1 and self.sliding_window is None
 
-    def bind(self, rotation: Rotation) -> None:
-        """Give a layer that groups positions its rotation; called once the model is loaded."""
-        self.rotation = rotation
+    def bind(self, plan: ExtensionPlan, rotation: Rotation) -> None:
+        """Give a layer that groups positions its numbers and its rotation; called once the model is loaded."""
+        self.plan, self.rotation = plan, rotation
+        self.params = None
 
     def _make_params(self, layer: AttentionLayer) -> AttentionParams:
         if self.extends and self.rotation is None:

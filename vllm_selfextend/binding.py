@@ -1,6 +1,7 @@
 """After a model is loaded: check its rotary modules, lengthen their tables, and hand each layer its rotation."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from vllm.model_executor.layers.attention import Attention
 
 from .attention import SelfExtendImpl
 from .backends.interface import Rotation, num_rotation_steps
-from .plan import ExtensionPlan, read_plan
+from .config import SelfExtendConfig
+from .plan import ExtensionPlan, read_plan, write_plan
 from .rotary import cos_sin
 from .rotary_modules import ModelRotation, is_vllm_rotary, lengthen_tables, transformers_rotation, vllm_rotation
 
@@ -32,6 +34,28 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
         drafter = getattr(model_runner, "drafter", None) or getattr(model_runner, "speculator", None)
         if isinstance(draft := getattr(drafter, "model", None), nn.Module):
             bind_model(draft, vllm_config.speculative_config.draft_model_config, plan, must_extend=False)
+
+
+def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, neighbor_window: int) -> None:
+    """Give a loaded model, and its draft if it has one, another group size and neighbor window.
+
+    Keys in the cache are stored by the group size, so no request may be running and the caller has to empty the prefix
+    cache (`LLM.reset_prefix_cache`). A captured graph would keep the old numbers, so the engine has to be eager.
+
+    Raises:
+        ValueError: The numbers do not reach the engine's `max_model_len`.
+        RuntimeError: The engine is not eager, or does not extend its model.
+
+    """
+    plan = read_plan(vllm_config)
+    if not vllm_config.model_config.enforce_eager:
+        raise RuntimeError("The numbers of a running engine can be changed only if it was started with enforce_eager.")
+    if plan.group_size == 1:
+        raise RuntimeError(f"Self-Extend is off in this engine ({plan.reason}), so it has no numbers to change.")
+    config = SelfExtendConfig(group_size, neighbor_window, plan.trained_length, plan.exact_short, plan.log_scale)
+    changed = dataclasses.replace(config.plan(plan.trained_length, plan.max_model_len), kernel=plan.kernel)
+    write_plan(vllm_config, changed)
+    bind_models(model_runner, vllm_config)
 
 
 def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan, *, must_extend: bool) -> None:
@@ -61,7 +85,7 @@ def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan,
         key = rotation.frequencies.numpy().tobytes()
         if key not in tables:
             tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(next(model.parameters()).device)
-        layer.impl.bind(Rotation(tables[key], rotation.interleaved))
+        layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved))
         bound += 1
     if bound == 0 and must_extend:
         raise ValueError(

@@ -1,28 +1,76 @@
-"""The `vllm-selfextend` command: `demo` and `plan`."""
+"""The `vllm-selfextend` command: `plan`, `demo`, `evaluate` and `tune`."""
 
+import contextlib
 import dataclasses
-import functools
+import hashlib
 import importlib.util
 import json
 import tempfile
+from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.markup import escape
 from rich.table import Table
 
 from .config import RULE_HIGH, RULE_LOW
-from .demo import MODEL_DIR
 from .plan import CONFIG_KEY
 
 if TYPE_CHECKING:
-    from .demo.run import Result, Task
+    from .evaluation.comparison import Comparison
+    from .evaluation.loss import LossTask
+    from .evaluation.passkey import PasskeyTask
+    from .evaluation.prompts import Prompt, Row, Task
+
+
+class MethodName(str, Enum):
+    """See `evaluation.methods`."""
+
+    UNMODIFIED = "unmodified"
+    YARN = "yarn"
+    DYNAMIC = "dynamic"
+    LINEAR = "linear"
+    NTK = "ntk"
+    SELF_EXTEND = "self-extend"
+
+
+class TaskName(str, Enum):
+    """What `evaluate` asks; see the modules of `evaluation` with these names."""
+
+    PASSKEY = "passkey"
+    LOSS = "loss"
+
+
+class TuneTaskName(str, Enum):
+    """What `tune` asks."""
+
+    LOSS = "loss"
+    PASSKEY = "passkey"
+    PROMPTS = "prompts"
+
+
+DEFAULT_METHODS = [MethodName.UNMODIFIED, MethodName.YARN, MethodName.SELF_EXTEND]
 
 app = typer.Typer(help="Self-Extend for vLLM.", no_args_is_help=True, add_completion=False)
 console = Console()
 errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint's folder or its name on the Hugging Face hub.")]
+GroupSize = Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")]
+NeighborWindow = Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")]
+TrainedLength = Annotated[int | None, typer.Option(min=1, help="Instead of the length vLLM derives.")]
+ExactShort = Annotated[bool, typer.Option(help="Queries within the trained length as in the unmodified model.")]
+LogScale = Annotated[bool, typer.Option(help="Scale queries past it by the logarithm of their position.")]
+Text = Annotated[list[Path] | None, typer.Option(help="A long text for the loss; without one, Python's own source.")]
+Chat = Annotated[bool | None, typer.Option(help="Ask through the chat template; without either, if there is one.")]
+Depths = Annotated[int, typer.Option(min=1, help="At how many depths of a text keys are hidden.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Passkey prompts per length and depth.")]
+Seed = Annotated[int, typer.Option(help="Of the passkeys.")]
+EngineArgs = Annotated[str, typer.Option(help="Other arguments of vllm.LLM as JSON.", metavar="JSON")]
+LossLength = Annotated[int | None, typer.Option(min=1, help="How many tokens of each text are read for the loss.")]
 
 
 def main() -> None:
@@ -31,39 +79,12 @@ def main() -> None:
 
 
 @app.command()
-def demo(
-    output: Annotated[Path | None, typer.Option(help="Write results, a picture and vLLM's log to this folder.")] = None,
-) -> None:
-    """Find passkeys in texts up to 16 times longer than the small model that ships with the package was trained on."""
-    _need_vllm()
-    from .demo import run
-    from .demo.screen import stderr_to
-
-    tasks = run.make_tasks()
-    results: list[Result] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    folder = Path(tempfile.mkdtemp(prefix="selfextend-demo-")) if output is None else output
-    folder.mkdir(parents=True, exist_ok=True)
-    with stderr_to(folder / "vllm.log") as stderr, Progress(*columns, console=Console(file=stderr)) as progress:
-        width = max(map(len, run.METHODS.values()))
-        for method, label in run.METHODS.items():
-            bar = progress.add_task(label.ljust(width), total=len(tasks))
-            results += run.run_method(method, tasks, functools.partial(progress.advance, bar))
-    trained_length = json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-    console.print(_demo_table(results, trained_length))
-    _print_example(tasks, results)
-    if output is not None:
-        run.write_results(results, trained_length, output)
-        console.print(f"\nWrote results.json, accuracy.png and vllm.log to {output}.")
-
-
-@app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A checkpoint's folder or its name on the Hugging Face hub.")],
+    model: Model,
     max_model_len: Annotated[int, typer.Option(min=1, help="How many tokens you want to serve.")],
-    group_size: Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")] = None,
-    neighbor_window: Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")] = None,
-    trained_length: Annotated[int | None, typer.Option(min=1, help="Instead of the length vLLM derives.")] = None,
+    group_size: GroupSize = None,
+    neighbor_window: NeighborWindow = None,
+    trained_length: TrainedLength = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what Self-Extend would do with a model at a length on this machine. Reads the config, not the weights."""
@@ -75,8 +96,7 @@ def plan(
     try:
         report = plan_report(model, max_model_len, settings)
     except (ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from error
+        _fail(error)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:
@@ -91,6 +111,159 @@ def plan(
         raise typer.Exit(1)
 
 
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option(help="Write results, a picture and vLLM's log to this folder.")] = None,
+) -> None:
+    """Find passkeys in texts up to 16 times longer than the small model that ships with the package was trained on."""
+    with _evaluating(output) as (folder, stderr):
+        from .demo import run
+        from .evaluation.tables import passkey_table
+
+        comparison = run.comparison()
+        length = comparison.checkpoint.report.trained_length
+        rows, written = _compare(comparison, folder, {"demo": dataclasses.asdict(run.TASK)}, stderr)
+    console.print(passkey_table(rows, run.METHODS, f"Passkeys found by a model trained on {length} tokens"))
+    _print_example(comparison.prompts[0][1], rows)
+    _print_written(output, written)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    max_model_len: Annotated[int, typer.Option(min=1, help="The longest texts to be read, tokens.")],
+    method: Annotated[list[MethodName], typer.Option(help="What to compare; several.")] = DEFAULT_METHODS,
+    task: Annotated[list[TaskName], typer.Option(help="What to ask; several.")] = list(TaskName),  # noqa: B008
+    served_length: Annotated[
+        int | None, typer.Option(min=1, help="How many tokens the server is sized for, if more than --max-model-len.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(min=64, help="A passkey text's tokens; without one, doubling up to the longest.")
+    ] = None,
+    depths: Depths = 5,
+    keys: Annotated[int, typer.Option(min=1, max=6, help="How many keys a text hides, one of which is asked for.")] = 1,
+    rounds: Rounds = 1,
+    loss_length: LossLength = None,
+    text: Text = None,
+    chat: Chat = None,
+    group_size: GroupSize = None,
+    neighbor_window: NeighborWindow = None,
+    trained_length: TrainedLength = None,
+    exact_short: ExactShort = True,
+    log_scale: LogScale = False,
+    seed: Seed = 0,
+    engine_args: EngineArgs = "{}",
+    output: Annotated[
+        Path | None, typer.Option(help="Keep every answer, results.json and pictures here; a broken-off run goes on.")
+    ] = None,
+) -> None:
+    """Compare Self-Extend with the unmodified model and with what vLLM has: keys found, and loss over position."""
+    settings = _settings(group_size, neighbor_window, trained_length, exact_short, log_scale)
+    with _evaluating(output) as (folder, stderr):
+        from .evaluation.comparison import Comparison
+        from .evaluation.engine import prompt_encoder
+        from .evaluation.methods import read_checkpoint
+        from .evaluation.tables import loss_table, passkey_table
+
+        arguments = _engine_args(engine_args)
+        served = max(max_model_len, served_length or 0)
+        checkpoint = read_checkpoint(model, served, settings, arguments)
+        encode_chat, encode, uses_chat = prompt_encoder(model, arguments, chat=chat)
+        lengths = tuple(length or _doubling(checkpoint.report.trained_length // 2, max_model_len))
+        if (longest := max(lengths)) > max_model_len:
+            raise ValueError(f"--length {longest} is more than --max-model-len {max_model_len}.")
+        tasks: list[Task] = []
+        if TaskName.PASSKEY in task:
+            tasks.append(_passkey_task(lengths, depths, keys, rounds, seed, uses_chat))
+        if TaskName.LOSS in task:
+            tasks.append(_loss_task(text, loss_length, max_model_len))
+        prompts = [(one, list(one.prompts(encode_chat if one.name == "passkey" else encode))) for one in tasks]
+        methods = list(dict.fromkeys(one.value for one in method))
+        comparison = Comparison(checkpoint, methods, prompts, settings, arguments)
+        asked = {
+            "model": model,
+            "methods": methods,
+            "served_length": served,
+            "self_extend": settings,
+            "plan": dataclasses.asdict(checkpoint.report),
+            "engine_args": arguments,
+            "chat": uses_chat,
+            "prompts": {one.name: _digest(prompts) for one, prompts in prompts},
+        }
+        rows, written = _compare(comparison, folder, asked, stderr)
+    for one in tasks:
+        mine = [row for row in rows if row["task"] == one.name]
+        if one.name == "passkey":
+            console.print(passkey_table(mine, methods, f"Passkeys found, on a server of {served:,} tokens"))
+        else:
+            console.print(loss_table(mine, methods, checkpoint.report.trained_length))
+    console.print("In brackets and behind ±: the 95 % interval.", highlight=False)
+    _print_written(output, written)
+
+
+@app.command()
+def tune(
+    model: Model,
+    max_model_len: Annotated[int, typer.Option(min=1, help="How many tokens you want to serve.")],
+    task: Annotated[TuneTaskName, typer.Option(help="What to go by; prompts are your own.")] = "loss",
+    prompts: Annotated[
+        Path | None, typer.Option(help='Your own task: lines such as {"prompt": "...", "answer": "..."}.')
+    ] = None,
+    budget: Annotated[float, typer.Option(min=0.1, help="Minutes, the engine's start not counted.")] = 30.0,
+    depths: Depths = 5,
+    rounds: Rounds = 2,
+    text: Text = None,
+    chat: Chat = None,
+    trained_length: TrainedLength = None,
+    exact_short: ExactShort = True,
+    log_scale: LogScale = False,
+    seed: Seed = 0,
+    engine_args: EngineArgs = "{}",
+    output: Annotated[Path | None, typer.Option(help="Write tuning.json and a heat map to this folder.")] = None,
+) -> None:
+    """Find the group size and neighbor window that a model reads best with at a length."""
+    settings = _settings(None, None, trained_length, exact_short, log_scale)
+    with _evaluating(output) as (folder, stderr):
+        from .evaluation.engine import prompt_encoder, running
+        from .evaluation.methods import read_checkpoint
+        from .evaluation.screen import trying
+        from .evaluation.tables import distance_from_auto, numbers_table
+        from .evaluation.tuning import Search, try_numbers, write_search
+        from .evaluation.user_prompts import UserTask, read_prompts
+
+        arguments = {**_engine_args(engine_args), "enforce_eager": True}
+        checkpoint = read_checkpoint(model, max_model_len, settings, arguments)
+        report = checkpoint.report
+        if report.group_size == 1:
+            raise ValueError(f"There is nothing to tune for {model} at {max_model_len} tokens: {report.reason}.")
+        encode_chat, encode, uses_chat = prompt_encoder(model, arguments, chat=chat)
+        asked: Task
+        if prompts is not None or task == TuneTaskName.PROMPTS:
+            if prompts is None:
+                raise ValueError("--task prompts needs a file of them: --prompts FILE.jsonl.")
+            asked = UserTask(read_prompts(prompts), max_model_len)
+        elif task == TuneTaskName.LOSS:
+            asked = _loss_task(text, None, max_model_len)
+        else:
+            asked = _passkey_task((max_model_len,), depths, 1, rounds, seed, uses_chat)
+        put = list(asked.prompts(encode if asked.scores_prompt else encode_chat))
+        search = Search(report.trained_length, max_model_len, (report.group_size, report.neighbor_window))
+        with running("self-extend", checkpoint, settings, arguments) as llm, trying(stderr, 60 * budget) as show:
+
+            def costs_of(numbers: tuple[int, int]) -> list[float]:
+                show(f"{len(search.costs)} tried, now G {numbers[0]}, W {numbers[1]}")
+                return try_numbers(llm, numbers, asked, put, report.trained_length)
+
+            search.run(costs_of, 60 * budget)
+        written = write_search(search, asked.scores_prompt, folder)
+    console.print(numbers_table(search, asked.scores_prompt))
+    group_size, window = search.best
+    console.print(distance_from_auto(search), soft_wrap=True, highlight=False)
+    numbers = {CONFIG_KEY: {"group_size": group_size, "neighbor_window": window, **settings}}
+    console.print(f"\n--additional-config '{json.dumps(numbers)}'", soft_wrap=True, highlight=False)
+    _print_written(output, written)
+
+
 def _need_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
         errors.print(
@@ -101,40 +274,144 @@ def _need_vllm() -> None:
         raise typer.Exit(1)
 
 
-def _demo_table(results: "list[Result]", trained_length: int) -> Table:
-    from .demo.run import KEY_COUNTS, LENGTHS, METHODS, accuracy
+@contextlib.contextmanager
+def _evaluating(output: Path | None) -> Iterator[tuple[Path, TextIO]]:
+    """The folder for a run, and the screen; what a user can mend, or stops, is one sentence."""
+    _need_vllm()
+    _need_eval_extra()
+    from .evaluation.screen import stderr_to
 
-    table = Table(title=f"Passkeys found by a model trained on {trained_length} tokens")
-    table.add_column("tokens in\nthe prompt", justify="right")
-    for label in METHODS.values():
-        table.add_column(f"{label}\n1 key / 4 keys", justify="right")
-    for num_tokens in LENGTHS:
-        cells = [
-            " / ".join(f"{accuracy(results, method, num_tokens, keys):.0%}" for keys in KEY_COUNTS)
-            for method in METHODS
-        ]
-        table.add_row(f"{num_tokens:,}", *cells)
-    return table
+    folder = Path(tempfile.mkdtemp(prefix="vllm-selfextend-")) if output is None else output
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with stderr_to(folder / "vllm.log") as stderr:
+            yield folder, stderr
+    except (ValueError, OSError) as error:
+        _fail(error)
+    except KeyboardInterrupt as error:
+        errors.print(f"Stopped. What was answered is in {folder}; the same command with --output {folder} goes on.")
+        raise typer.Exit(130) from error
 
 
-def _print_example(tasks: "list[Task]", results: "list[Result]") -> None:
-    """One prompt of the longest kind, its middle left out, and both answers."""
-    from .demo.run import METHODS
+def _need_eval_extra() -> None:
+    missing = [name for name in ("matplotlib", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        errors.print(
+            f"[bold red]error:[/] this command needs {' and '.join(missing)}: pip install 'vllm-selfextend\\[eval]'.",
+            highlight=False,
+        )
+        raise typer.Exit(1)
 
-    longest, most = max(task.num_tokens for task in tasks), max(task.num_keys for task in tasks)
-    index = next(i for i, t in enumerate(tasks) if (t.num_tokens, t.num_keys) == (longest, most) and t.depth >= 0.5)
-    task = tasks[index]
-    words = task.prompt.text.split()
-    asked = words[-5:]  # the pass key : CITY
-    key_at = next(i for i in range(len(words)) if words[i : i + 5] == asked)
-    begin, end = max(0, key_at - 8), key_at + 22
-    console.print(f"\n[bold]One of the prompts[/], {task.num_tokens:,} tokens, cut for the screen:")
-    shown = f"{' '.join(words[:12])} ... {' '.join(words[begin:end])} ... {' '.join(words[-22:])}"
-    console.print(shown, highlight=False, soft_wrap=True)
-    answers = {"The key": task.prompt.answer}
-    answers |= {METHODS[result.method]: result.answer for result in results[index :: len(tasks)]}
+
+def _fail(error: Exception) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1) from error
+
+
+def _settings(
+    group_size: int | None, neighbor_window: int | None, trained_length: int | None, exact_short: bool, log_scale: bool
+) -> dict[str, Any]:
+    """What differs from the defaults, as in `additional_config["self_extend"]`."""
+    chosen = {"group_size": group_size, "neighbor_window": neighbor_window, "trained_length": trained_length}
+    switches = {"exact_short": False} if not exact_short else {}
+    switches |= {"log_scale": True} if log_scale else {}
+    return {name: value for name, value in chosen.items() if value is not None} | switches
+
+
+def _engine_args(text: str) -> dict[str, Any]:
+    from .evaluation.engine import OWN_ARGUMENTS
+
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--engine-args {text!r} is not JSON: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f'--engine-args {text!r} must be an object such as {{"dtype": "float32"}}.')
+    if taken := [name for name in OWN_ARGUMENTS if name in arguments]:
+        raise ValueError(f"--engine-args cannot set {taken[0]!r}: the methods and the other options decide it.")
+    return arguments
+
+
+def _doubling(first: int, last: int) -> list[int]:
+    lengths = [last]
+    while lengths[-1] // 2 >= max(first, 64):
+        lengths.append(lengths[-1] // 2)
+    return lengths[::-1]
+
+
+def _passkey_task(
+    lengths: tuple[int, ...], depths: int, keys: int, rounds: int, seed: int, uses_chat: bool
+) -> "PasskeyTask":
+    from .evaluation.passkey import ASKED, COMPLETED, PasskeyTask
+
+    # Depths in the middle of as many equal parts.
+    places = tuple((place + 0.5) / depths for place in range(depths))
+    return PasskeyTask(lengths, places, (keys,), rounds, ASKED if uses_chat else COMPLETED, seed)
+
+
+def _loss_task(texts: list[Path] | None, length: int | None, max_model_len: int) -> "LossTask":
+    from .evaluation.loss import LossTask, read_texts, standard_library_texts
+
+    if length is not None and length > max_model_len:
+        raise ValueError(f"--loss-length {length} is more than --max-model-len {max_model_len}.")
+    return LossTask(read_texts(texts) if texts else standard_library_texts(), length or max_model_len)
+
+
+def _compare(
+    comparison: "Comparison", folder: Path, asked: dict[str, Any], stderr: TextIO
+) -> "tuple[list[Row], list[Path]]":
+    """Run what is not yet in the folder, with bars, and write the results there."""
+    from .evaluation.machine import describe_machine
+    from .evaluation.methods import METHODS
+    from .evaluation.records import Records
+    from .evaluation.screen import bars, reading_work
+
+    comparison.check()
+    records = Records(folder, asked | {"machine": describe_machine()})
+    hidden_size = comparison.checkpoint.hidden_size
+    work = {
+        METHODS[method].label: sum(
+            reading_work(len(prompt.token_ids), hidden_size)
+            for _, prompts in comparison.missing(method, records)
+            for prompt in prompts
+        )
+        for method in comparison.methods
+    }
+    with bars(stderr, work) as advance:
+        comparison.run(
+            records,
+            lambda method, prompt: advance(METHODS[method].label, reading_work(len(prompt.token_ids), hidden_size)),
+        )
+    return comparison.rows(records), comparison.write(records)
+
+
+def _digest(prompts: "list[Prompt]") -> dict[str, Any]:
+    """How many prompts, and what tells them from others."""
+    tokens = json.dumps([[prompt.name, prompt.token_ids] for prompt in prompts])
+    return {"count": len(prompts), "sha256": hashlib.sha256(tokens.encode()).hexdigest()}
+
+
+def _print_example(prompts: "list[Prompt]", rows: "list[Row]") -> None:
+    """One prompt of the longest kind, its middle left out, and every method's answer."""
+    from .evaluation.methods import METHODS
+
+    longest, most = max(p.cell["length"] for p in prompts), max(p.cell["num_keys"] for p in prompts)
+    wanted = {"length": longest, "num_keys": most, "depth": 0.5, "round": 0}
+    prompt = next(prompt for prompt in prompts if prompt.cell == wanted)
+    begin = prompt.text.index(str(prompt.expected))
+    cut = prompt.text[:60], prompt.text[begin - 80 : begin + 60], prompt.text[-90:]
+    console.print(f"\n[bold]One of the prompts[/], {longest:,} tokens, cut for the screen:")
+    console.print(" ... ".join(cut), highlight=False, soft_wrap=True)
+    answers = {"The key": prompt.expected}
+    answers |= {METHODS[row["method"]].label: row["answer"].strip() for row in rows if row["name"] == prompt.name}
     for label, answer in answers.items():
         console.print(f"[bold]{label:<11}[/]  {answer}", highlight=False)
+
+
+def _print_written(output: Path | None, written: "list[Path]") -> None:
+    if output is not None:
+        names = ", ".join(path.name for path in written)
+        console.print(f"\nWrote {names} and vllm.log to {output}.", highlight=False)
 
 
 def _plan_table(report: dict[str, Any]) -> Table:

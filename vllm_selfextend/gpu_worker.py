@@ -1,15 +1,9 @@
-"""vLLM's worker on a GPU, with one step more: after the model is loaded, its layers get their rotations."""
-
-from typing import Any
+"""vLLM's worker on a GPU, with what Self-Extend adds."""
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from .binding import bind_models
+from .worker import SelfExtendWorker
 
 
-class SelfExtendGPUWorker(Worker):
+class SelfExtendGPUWorker(SelfExtendWorker, Worker):
     """What `worker_cls` becomes; see `support.SELF_EXTEND_WORKERS`."""
-
-    def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)
-        bind_models(self.model_runner, self.vllm_config)

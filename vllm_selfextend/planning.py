@@ -1,5 +1,6 @@
 """What `vllm-selfextend plan` reports: the numbers for a model and a length, from its config alone."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +41,16 @@ class PlanReport:
     kv_bytes_per_sequence: int
 
 
-def plan_report(model: str, max_model_len: int, settings: dict[str, Any]) -> PlanReport:
+def plan_report(
+    model: str, max_model_len: int, settings: dict[str, Any], engine_args: dict[str, Any] | None = None
+) -> PlanReport:
     """Plan for `model` without loading weights.
 
     Args:
         model: A checkpoint's folder or its name on the Hugging Face hub.
         max_model_len: `N`, tokens.
         settings: As in `additional_config["self_extend"]`.
+        engine_args: Other arguments of vLLM's, `dtype` for instance.
 
     Raises:
         ValueError: The settings cannot reach `max_model_len`, or the config cannot be read.
@@ -56,9 +60,8 @@ def plan_report(model: str, max_model_len: int, settings: dict[str, Any]) -> Pla
     if problem := incompatibility():
         raise ValueError(problem)
     config = SelfExtendConfig.from_additional_config({CONFIG_KEY: settings})
-    with widened_length_check() as check:
-        model_config = EngineArgs(model=model, max_model_len=max_model_len).create_model_config()
-    plan = config.plan(check.derived_length, max_model_len)
+    model_config, derived_length = read_config(model, max_model_len, engine_args or {})
+    plan = config.plan(derived_length, max_model_len)
     # A laptop without a GPU, on which vLLM for GPUs is installed, has no device of vLLM's.
     device = torch.device(current_platform.device_type) if current_platform.device_type else None
     why_not = unsupported_reason(plan, model_config, device)
@@ -78,6 +81,23 @@ def plan_report(model: str, max_model_len: int, settings: dict[str, Any]) -> Pla
         kv_bytes_per_token=full + sliding,
         kv_bytes_per_sequence=full * max_model_len + sliding * window,
     )
+
+
+def read_config(model: str, max_model_len: int, engine_args: dict[str, Any]) -> tuple[ModelConfig, int]:
+    """VLLM's config of a model that is to read `max_model_len` tokens, and the length that vLLM derives for it.
+
+    Raises:
+        ValueError: The config cannot be read, or an argument is not vLLM's.
+        OSError: There is no such model.
+
+    """
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    if unknown := sorted(engine_args.keys() - known):
+        raise ValueError(f"vLLM has no argument {unknown[0]!r}; see the fields of vllm.engine.arg_utils.EngineArgs.")
+    with widened_length_check() as check:
+        arguments = {**engine_args, "model": model, "max_model_len": max_model_len}
+        model_config = EngineArgs(**arguments).create_model_config()
+    return model_config, check.derived_length
 
 
 def _layer_bytes(model_config: ModelConfig) -> tuple[int, int]:

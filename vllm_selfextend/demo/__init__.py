@@ -1,4 +1,4 @@
-"""The passkey demo: its task, its small model and the run that the command line shows."""
+"""The passkey demo: its small model and the run that the command line shows."""
 
 from pathlib import Path
 

@@ -1,0 +1,117 @@
+"""Puts prompts to a model through vLLM, one engine per method, and hands on each answer as it comes."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from .methods import Checkpoint, engine_settings
+from .prompts import Encode, Prompt, Row, Task
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+OWN_ARGUMENTS = (
+    "model",
+    "max_model_len",
+    "attention_backend",
+    "attention_config",
+    "additional_config",
+    "hf_overrides",
+    "worker_cls",
+)
+"""Arguments of vLLM's that the methods and the other options decide."""
+
+
+@contextlib.contextmanager
+def running(
+    method: str, checkpoint: Checkpoint, settings: dict[str, Any], engine_args: dict[str, Any]
+) -> "Iterator[LLM]":
+    """An engine that serves a checkpoint by a method.
+
+    Eager, since nothing here gains by compiling, and since a captured graph keeps Self-Extend's numbers.
+
+    Args:
+        method: One of `methods.METHODS`.
+        checkpoint: What is served.
+        settings: Self-Extend's, as in `additional_config["self_extend"]`.
+        engine_args: Other arguments of `vllm.LLM`.
+
+    Raises:
+        ValueError: The checkpoint does not allow the method.
+
+    """
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    report = checkpoint.report
+    arguments: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": True, "use_tqdm_on_load": False}
+    if current_platform.is_cpu():
+        # A CPU's memory is everybody's. Two sequences' worth keep the beginning of the one before.
+        arguments["kv_cache_memory_bytes"] = 2 * report.kv_bytes_per_sequence + (64 << 20)
+    arguments |= engine_settings(method, checkpoint, settings) | engine_args
+    llm = LLM(model=report.model, max_model_len=report.max_model_len, **arguments)
+    try:
+        yield llm
+    finally:
+        # End the engine's processes, so that the next one has the machine to itself.
+        llm.llm_engine.engine_core.shutdown(timeout=30)
+
+
+def ask(llm: "LLM", task: Task, prompts: Iterable[Prompt], on_answer: Callable[[Prompt, Row], None]) -> None:
+    """Put prompts of a task to an engine, greedily; `on_answer` gets each prompt and what its answer is worth."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        temperature=0.0,
+        max_tokens=task.answer_tokens,
+        prompt_logprobs=0 if task.scores_prompt else None,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    waiting = {prompt.name: prompt for prompt in prompts}
+    engine = llm.llm_engine
+    try:
+        for name, prompt in waiting.items():
+            engine.add_request(name, TokensPrompt(prompt_token_ids=prompt.token_ids), sampling)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                prompt = waiting.pop(output.request_id)
+                on_answer(prompt, task.score(prompt, output))
+    finally:
+        if waiting:
+            engine.abort_request(list(waiting))
+
+
+def prompt_encoder(model: str, engine_args: dict[str, Any], *, chat: bool | None) -> tuple[Encode, Encode, bool]:
+    """How a text becomes a prompt, how it becomes bare tokens, and whether the first is through a chat template.
+
+    Args:
+        model: A checkpoint's folder or its name on the Hugging Face hub.
+        engine_args: Of these `tokenizer`, `trust_remote_code` and `revision` matter.
+        chat: Whether to use the model's chat template; None is where it has one.
+
+    Raises:
+        ValueError: A chat template is asked for and there is none.
+
+    """
+    from transformers import AutoTokenizer
+
+    known = {name: engine_args[name] for name in ("trust_remote_code", "revision") if name in engine_args}
+    tokenizer = AutoTokenizer.from_pretrained(engine_args.get("tokenizer", model), **known)
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise ValueError(f"{model} has no chat template: ask it with --no-chat.")
+
+    def encode(text: str) -> list[int]:
+        token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return token_ids
+
+    def encode_chat(text: str) -> list[int]:
+        message = [{"role": "user", "content": text}]
+        whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        token_ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
+        return token_ids
+
+    use_chat = has_template if chat is None else chat
+    return (encode_chat if use_chat else encode), encode, use_chat

@@ -1,0 +1,137 @@
+"""The passkey task: find a number that was said once, somewhere in a long text (Mohtashami and Jaggi, 2023).
+
+The text is one block of sentences over and over, as in Self-Extend's paper.
+"""
+
+import bisect
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .prompts import Encode, Prompt, Row
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
+
+CITIES = ("Oslo", "Paris", "Cairo", "Lima", "Tokyo", "Delhi")
+FILLER = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is warm today.",
+    "Here we go.",
+    "There and back again.",
+)
+KEY_DIGITS = 5
+MAX_KEYS = len(CITIES)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How the task is put into words; `{city}` and `{key}` are filled in."""
+
+    statement: str
+    question: str
+    opening: str = ""
+    before_question: str = " "
+
+
+COMPLETED = Wording("The pass key: {city} {key}. Remember it.", "What was this number? The pass key: {city}")
+"""For models that go on with a text. The demo's model knows every word of it."""
+
+ASKED = Wording(
+    "The pass key of {city} is {key}. Remember it.",
+    "What is the pass key of {city}?",
+    "There is important information hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about it.\n\n",
+    "\n\n",
+)
+"""For models that answer a message."""
+
+
+@dataclass(frozen=True)
+class PasskeyTask:
+    """Keys at every depth of texts of every length.
+
+    Attributes:
+        lengths: Tokens of prompt and answer together; a prompt is as long as whole sentences allow.
+        depths: Where the key that is asked for stands, from 0 (the beginning) to 1 (just before the question).
+        key_counts: How many keys the texts hold, one of which is asked for.
+        rounds: Prompts per length, depth and number of keys.
+        wording: `COMPLETED`, or `ASKED` inside a chat template.
+        seed: Of every random choice.
+
+    """
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    key_counts: tuple[int, ...] = (1,)
+    rounds: int = 1
+    wording: Wording = COMPLETED
+    seed: int = 0
+
+    name = "passkey"
+    answer_tokens = 20
+    scores_prompt = False
+
+    def prompts(self, encode: Encode) -> Iterator[Prompt]:
+        """Deepest keys first: up to its first key a text is like the one before, and in vLLM's prefix cache."""
+        for length, num_keys in itertools.product(sorted(self.lengths), self.key_counts):
+            for turn, depth in itertools.product(range(self.rounds), sorted(self.depths, reverse=True)):
+                cell = {"length": length, "num_keys": num_keys, "depth": depth, "round": turn}
+                name = "/".join(map(str, (self.name, *cell.values())))
+                rng = random.Random(f"{self.seed}/{name}")
+                text, key = make_text(length - self.answer_tokens, num_keys, depth, self.wording, rng, encode)
+                yield Prompt(name, cell, text, encode(text), key)
+
+    def score(self, prompt: Prompt, output: "RequestOutput") -> Row:
+        """The first number of the answer is the key or it is not."""
+        answer = output.outputs[0].text
+        return {"expected": prompt.expected, "answer": answer, "found": first_number(answer) == prompt.expected}
+
+
+def make_text(
+    num_tokens: int, num_keys: int, depth: float, wording: Wording, rng: random.Random, encode: Encode
+) -> tuple[str, str]:
+    """A text that hides `num_keys` keys and asks for one of them, and that one.
+
+    Args:
+        num_tokens: The most that `encode` may make of it.
+        num_keys: How many cities' keys the text holds, at least 1.
+        depth: Where the key that is asked for stands, 0 to 1. The others stand at random places.
+        wording: How it is put.
+        rng: The source of every random choice.
+        encode: What makes tokens of it.
+
+    Raises:
+        ValueError: An argument is out of its range, or keys and question do not fit into `num_tokens`.
+
+    """
+    if not 1 <= num_keys <= MAX_KEYS:
+        raise ValueError(f"num_keys is {num_keys}; it must be from 1 to {MAX_KEYS}, the number of cities.")
+    if not 0.0 <= depth <= 1.0:
+        raise ValueError(f"depth is {depth}; it must be from 0 (beginning) to 1 (end).")
+    cities = rng.sample(CITIES, num_keys)
+    keys = ["".join(rng.choices("0123456789", k=KEY_DIGITS)) for _ in cities]
+    places = [depth, *(rng.random() for _ in cities[1:])]
+    statements = [wording.statement.format(city=city, key=key) for city, key in zip(cities, keys, strict=True)]
+
+    def text(num_sentences: int) -> str:
+        sentences = list(itertools.islice(itertools.cycle(FILLER), num_sentences))
+        # The key asked for goes in last, so that depth 0 is the very beginning and depth 1 the very end.
+        for place, statement in reversed(list(zip(places, statements, strict=True))):
+            sentences.insert(round(place * len(sentences)), statement)
+        return wording.opening + " ".join(sentences) + wording.before_question + wording.question.format(city=cities[0])
+
+    if (least := len(encode(text(0)))) > num_tokens:
+        raise ValueError(f"A passkey prompt of {num_tokens} tokens is too short: {num_keys} key(s) take {least}.")
+    too_many = bisect.bisect_right(range(num_tokens), num_tokens, key=lambda n: len(encode(text(n))))
+    return text(too_many - 1), keys[0]
+
+
+def first_number(answer: str) -> str | None:
+    """The first number in a text, spaces and commas between its digits left out."""
+    found = re.search(r"\d(?:[ ,]*\d)*", answer)
+    return re.sub(r"\D", "", found.group()) if found else None

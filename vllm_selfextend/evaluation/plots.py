@@ -1,0 +1,106 @@
+"""The numbers as pictures: heat maps of depth over length, losses over position."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from .loss import BLOCK
+from .methods import METHODS
+from .prompts import Row
+from .statistics import mean
+from .summary import block_losses, column, passkey_share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = "cividis"  # told apart by people with any color vision, and in print
+CURVE_STEP = 1024
+"""Positions whose losses make one point of a curve, where the text has several of them."""
+
+
+def plot_passkeys(rows: Sequence[Row], methods: Sequence[str], trained_length: int, path: Path) -> None:
+    """A heat map of the keys found, depth over length: a panel per method and number of keys."""
+    rows = [row for row in rows if row["task"] == "passkey"]
+    lengths, depths, key_counts = (column(rows, key) for key in ("length", "depth", "num_keys"))
+    size = 1.6 + 2.9 * len(methods), 1.1 + 2.3 * len(key_counts)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(key_counts), len(methods), squeeze=False, sharex=True, sharey=True)
+    for panels, num_keys in zip(grid, key_counts, strict=True):
+        for axes, method in zip(panels, methods, strict=True):
+            shares = [
+                [_value(passkey_share(rows, method, length=n, depth=depth, num_keys=num_keys)) for n in lengths]
+                for depth in depths
+            ]
+            _heat_map(axes, shares, lengths, trained_length)
+            keys = f", {num_keys} key{'s' if num_keys > 1 else ''}" if len(key_counts) > 1 else ""
+            axes.set_title(f"{METHODS[method].label}{keys}")
+        labelled = range(0, len(depths), max(1, len(depths) // 5))
+        panels[0].set_yticks(labelled, [f"{depths[i]:.0%}" for i in labelled])
+        panels[0].set_ylabel("depth of the key")
+    for axes in grid[-1]:
+        axes.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
+        axes.set_xlabel("tokens")
+    bar = figure.colorbar(grid[0][0].images[0], ax=grid, format=lambda value, _: f"{value:.0%}")
+    bar.set_label("keys found")
+    figure.suptitle(f"Passkeys; trained on {trained_length:,} tokens (dashed line)", fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def plot_losses(rows: Sequence[Row], methods: Sequence[str], trained_length: int, path: Path) -> None:
+    """The mean loss per token over position, a curve per method."""
+    rows = [row for row in rows if row["task"] == "loss"]
+    length = max(column(rows, "length"))
+    step = max(BLOCK, min(CURVE_STEP, length // 8))
+    figure = Figure(figsize=(8.0, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for method in methods:
+        steps = ((begin, block_losses(rows, method, begin, begin + step)) for begin in range(0, length, step))
+        curve = [(begin + step / 2, mean(losses).value) for begin, losses in steps if losses]
+        style: dict[str, Any] = {"color": METHODS[method].color, "marker": METHODS[method].marker}
+        axes.plot(*zip(*curve, strict=True), label=METHODS[method].label, markersize=4, linewidth=1.5, **style)
+    axes.axvline(trained_length, color="gray", linestyle="--", label=f"trained length, {trained_length:,} tokens")
+    axes.set(xlabel="position", ylabel="loss per token (nats)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_numbers(
+    costs: dict[tuple[int, int], float], auto: tuple[int, int], best: tuple[int, int], label: str, path: Path
+) -> None:
+    """A heat map over group size and neighbor window; cells that were not tried stay empty."""
+    groups, windows = sorted({g for g, _ in costs}), sorted({w for _, w in costs})
+    figure = Figure(figsize=(2.2 + 0.75 * len(groups), 1.6 + 0.5 * len(windows)), layout="constrained")
+    axes = figure.subplots()
+    values = [[costs.get((g, w), float("nan")) for g in groups] for w in windows]
+    middle = (min(costs.values()) + max(costs.values())) / 2
+    image = axes.imshow(values, cmap=COLORS, aspect="auto", origin="lower")
+    for (group, window), cost in costs.items():
+        marks = [name for name, numbers in (("best", best), ("auto", auto)) if numbers == (group, window)]
+        label_lines = "\n".join([f"{cost:.3f}", *marks])
+        text = axes.text(groups.index(group), windows.index(window), label_lines, fontsize="small")
+        text.set(ha="center", va="center", color="black" if cost > middle else "white")
+    axes.set_xticks(range(len(groups)), [str(g) for g in groups])
+    axes.set_yticks(range(len(windows)), [f"{w:,}" for w in windows])
+    axes.set(xlabel="group size G", ylabel="neighbor window W (tokens)")
+    figure.colorbar(image, ax=axes).set_label(label)
+    figure.savefig(path, dpi=150)
+
+
+def _heat_map(axes: "Axes", shares: list[list[float]], lengths: Sequence[int], trained_length: int) -> None:
+    axes.imshow(shares, cmap=COLORS, norm=Normalize(0.0, 1.0), aspect="auto")
+    within = sum(length <= trained_length for length in lengths)
+    axes.axvline(within - 0.5, color="white", linewidth=3)
+    axes.axvline(within - 0.5, color="black", linestyle="--", linewidth=1.5)
+
+
+def _value(estimate: Any) -> float:
+    return float("nan") if estimate is None else estimate.value
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 and tokens else f"{tokens:,}"

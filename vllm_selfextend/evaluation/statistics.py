@@ -1,0 +1,53 @@
+"""How sure the numbers are: 95 % intervals."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share(found: int, asked: int) -> Estimate:
+    """A share of `asked`, with Wilson's interval."""
+    interval = stats.binomtest(found, asked).proportion_ci(LEVEL, method="wilson")
+    return Estimate(found / asked, float(interval.low), float(interval.high))
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """A mean, with Student's interval; one value alone says nothing of its error."""
+    middle = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(middle, -math.inf, math.inf)
+    error = float(stats.sem(values))
+    if error == 0.0:
+        return Estimate(middle, middle, middle)
+    low, high = stats.t.interval(LEVEL, len(values) - 1, loc=middle, scale=error)
+    return Estimate(middle, float(low), float(high))
+
+
+def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """The mean of `first - second`, pair by pair.
+
+    Where every value is 0 or 1, the interval is that of Agresti and Min for paired shares ("Simple improved confidence
+    intervals for comparing matched proportions", 2005): without it, few pairs that all agree would look certain.
+    """
+    pairs = list(zip(first, second, strict=True))
+    if not {*first, *second} <= {0.0, 1.0}:
+        return mean([a - b for a, b in pairs])
+    count = len(pairs)
+    up, down = (sum(pair == wanted for pair in pairs) + 0.5 for wanted in ((1.0, 0.0), (0.0, 1.0)))
+    middle = (up - down) / (count + 2)
+    error = math.sqrt((up + down) - (up - down) ** 2 / (count + 2)) / (count + 2)
+    reach = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
+    return Estimate((up - down) / count, max(-1.0, middle - reach), min(1.0, middle + reach))

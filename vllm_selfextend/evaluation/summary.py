@@ -1,0 +1,65 @@
+"""What the rows of a run come to: shares of keys found, losses over position."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .loss import BLOCK
+from .prompts import Row
+from .statistics import Estimate, difference, mean, share
+
+
+def passkey_share(rows: Iterable[Row], method: str, **cell: Any) -> Estimate | None:
+    """The share of keys that a method found in the rows of a cell (`length`, `num_keys`, `depth`); None without any."""
+    wanted = {"method": method, "task": "passkey", **cell}
+    found = [row["found"] for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    return share(sum(found), len(found)) if found else None
+
+
+def block_losses(rows: Iterable[Row], method: str, begin: int, end: int) -> list[float]:
+    """Mean losses per token of every block that lies from position `begin` to `end`, text after text."""
+    losses = []
+    for row in rows:
+        if (row["method"], row["task"]) != (method, "loss"):
+            continue
+        for number, total in enumerate(row["block_losses"]):
+            first = number * BLOCK
+            # Nothing foretells the first token, and the last block may be a part of one.
+            stop = min(first + BLOCK, row["num_tokens"])
+            if begin <= first and stop <= end:
+                losses.append(total / (stop - max(first, 1)))
+    return losses
+
+
+def column(rows: Iterable[Row], key: str) -> list[Any]:
+    """The different values that rows have for a key, sorted."""
+    return sorted({row[key] for row in rows if key in row})
+
+
+def loss_ranges(trained_length: int, length: int) -> list[tuple[int, int]]:
+    """Within the trained length, and past it."""
+    return [(0, min(trained_length, length)), *([(trained_length, length)] if length > trained_length else [])]
+
+
+def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) -> dict[str, Any]:
+    """All numbers of a run with their intervals, as JSON keeps them."""
+    passkeys = [row for row in rows if row["task"] == "passkey"]
+    shares = []
+    for length in column(passkeys, "length"):
+        for num_keys in column(passkeys, "num_keys"):
+            for method in methods:
+                if found := passkey_share(passkeys, method, length=length, num_keys=num_keys):
+                    cell = {"length": length, "num_keys": num_keys, "method": method}
+                    shares.append(cell | dataclasses.asdict(found))
+    scored = [row for row in rows if row["task"] == "loss"]
+    losses = []
+    for begin, end in loss_ranges(trained_length, max(column(scored, "length"), default=0)) if scored else []:
+        ours = block_losses(scored, "self-extend", begin, end)
+        for method in methods:
+            if not (blocks := block_losses(scored, method, begin, end)):
+                continue
+            cell = {"begin": begin, "end": end, "method": method} | dataclasses.asdict(mean(blocks))
+            if len(ours) == len(blocks) and method != "self-extend":
+                cell["above_self_extend"] = dataclasses.asdict(difference(blocks, ours))
+            losses.append(cell)
+    return {"passkey": shares, "loss": losses}

@@ -1,0 +1,81 @@
+"""The numbers on the screen."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from .methods import METHODS
+from .prompts import Row
+from .statistics import Estimate, mean
+from .summary import block_losses, column, loss_ranges, passkey_share
+from .tuning import Search, measure
+
+
+def passkey_table(rows: Sequence[Row], methods: Sequence[str], title: str) -> Table:
+    """The share of keys found and its interval: a row per length, a column per method."""
+    key_counts = column(rows, "num_keys")
+    table = Table(title=title)
+    table.add_column("tokens", justify="right")
+    keys = " / ".join(f"{count} key{'s' if count > 1 else ''}" for count in key_counts)
+    for method in methods:
+        table.add_column(f"{METHODS[method].label}\n{keys}", justify="right")
+    for length in column(rows, "length"):
+        cells = []
+        for method in methods:
+            shares = (passkey_share(rows, method, length=length, num_keys=count) for count in key_counts)
+            cells.append(" / ".join(percent(share) if share else "-" for share in shares))
+        table.add_row(f"{length:,}", *cells)
+    return table
+
+
+def loss_table(rows: Sequence[Row], methods: Sequence[str], trained_length: int) -> Table:
+    """The mean loss per token and its interval, within the trained length and past it."""
+    table = Table(title="Loss per token (nats)")
+    table.add_column("tokens", justify="right")
+    for method in methods:
+        table.add_column(METHODS[method].label, justify="right")
+    for begin, end in loss_ranges(trained_length, max(column(rows, "length"))):
+        blocks = [block_losses(rows, method, begin, end) for method in methods]
+        table.add_row(f"{begin:,} to {end:,}", *(plus_minus(mean(losses)) if losses else "-" for losses in blocks))
+    return table
+
+
+def numbers_table(search: Search, is_loss: bool) -> Table:
+    """What every cell tried costs: a row per neighbor window, a column per group size."""
+    groups, windows = (sorted(set(numbers)) for numbers in zip(*search.costs, strict=True))
+    title = f"{measure(is_loss).capitalize()}, lower is better"
+    table = Table(title=title, caption="* the best  a the automatic choice")
+    table.add_column("W \\ G", justify="right")
+    for group in groups:
+        table.add_column(str(group), justify="right")
+    for window in windows:
+        cells = []
+        for group in groups:
+            costs = search.costs.get((group, window))
+            marks = "*" * ((group, window) == search.best) + "a" * ((group, window) == search.auto)
+            cells.append(f"{mean(costs).value:.3f} {marks}".strip() if costs else "")
+        table.add_row(f"{window:,}", *cells)
+    return table
+
+
+def distance_from_auto(search: Search) -> str:
+    """How far the automatic choice is from the best cell, as a sentence."""
+    (group_size, window), (auto_group_size, auto_window) = search.best, search.auto
+    if search.best == search.auto:
+        return f"The best of {len(search.costs)} tried is the automatic choice: G {group_size}, W {window}."
+    above = search.auto_above_best()
+    return (
+        f"The best of {len(search.costs)} tried is G {group_size}, W {window}. The automatic choice, G "
+        f"{auto_group_size}, W {auto_window}, is {above.value:.3f} above it ({above.low:.3f} to {above.high:.3f})"
+        + (": no difference that these prompts can show." if above.low <= 0.0 else ".")
+    )
+
+
+def percent(share: Estimate) -> str:
+    """A share and its interval, in percent."""
+    return f"{share.value:.0%} ({share.low * 100:.0f}-{share.high * 100:.0f})"
+
+
+def plus_minus(estimate: Estimate) -> str:
+    """A number and half its interval."""
+    return f"{estimate.value:.3f} ± {(estimate.high - estimate.low) / 2:.3f}"

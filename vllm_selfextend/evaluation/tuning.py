@@ -1,0 +1,152 @@
+"""`tune`: the group size and neighbor window that a model reads best with, found by trying them in one engine."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..positions import smallest_group_size
+from .engine import ask
+from .loss import BLOCK
+from .prompts import Prompt, Row, Task
+from .records import write_json
+from .statistics import Estimate, difference, mean
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+Numbers = tuple[int, int]
+"""Group size and neighbor window."""
+
+WINDOW_SHARES = (1 / 16, 1 / 4, 1 / 2)
+"""Of the trained length: the windows of the coarse grid."""
+GROUP_FACTORS = (1.0, 1.5, 2.5)
+"""Times the smallest group size that reaches: those of the coarse grid."""
+WINDOW_STEP, GROUP_STEP = math.sqrt(2), 1.2
+"""How far the neighbors of a cell are in the fine search."""
+
+
+@dataclass
+class Search:
+    """A search over both numbers, coarse to fine. What cannot reach `max_model_len` is never tried.
+
+    Attributes:
+        trained_length: `L`, tokens.
+        max_model_len: `N`, tokens.
+        auto: The numbers that the automatic choice takes; tried first.
+        costs: Of every cell tried: a value per prompt (0 found, 1 not found) or per block of text (mean loss per token
+            past the trained length). Lower is better.
+
+    """
+
+    trained_length: int
+    max_model_len: int
+    auto: Numbers
+    costs: dict[Numbers, list[float]] = field(default_factory=dict)
+
+    def run(self, costs_of: Callable[[Numbers], list[float]], seconds: float) -> None:
+        """Try cells until the best one's neighbors are tried, or until another cell would take longer than is left."""
+        begin = time.monotonic()
+        longest = 0.0
+        while (numbers := self._next()) is not None:
+            started = time.monotonic()
+            if self.costs and started - begin + longest > seconds:
+                return
+            self.costs[numbers] = costs_of(numbers)
+            longest = max(longest, time.monotonic() - started)
+
+    @property
+    def best(self) -> Numbers:
+        """The cell with the lowest mean; the automatic choice among equals."""
+
+        def order(numbers: Numbers) -> tuple[float, bool, Numbers]:
+            return mean(self.costs[numbers]).value, numbers != self.auto, numbers
+
+        return min(self.costs, key=order)
+
+    def auto_above_best(self) -> Estimate:
+        """How much more the automatic choice costs than the best cell, pair by pair."""
+        return difference(self.costs[self.auto], self.costs[self.best])
+
+    def _next(self) -> Numbers | None:
+        tried = self.costs
+        candidates = [self.auto, *self._coarse(), *(self._around(self.best) if tried else ())]
+        return next((numbers for numbers in candidates if numbers not in tried), None)
+
+    def _coarse(self) -> Iterator[Numbers]:
+        windows = sorted({*(max(1, round(self.trained_length * share)) for share in WINDOW_SHARES), self.auto[1]})
+        for factor, window in product(GROUP_FACTORS, windows):
+            yield from self._reaching(window, factor)
+
+    def _around(self, numbers: Numbers) -> Iterator[Numbers]:
+        group_size, window = numbers
+        smaller = min(group_size - 1, round(group_size / GROUP_STEP))
+        larger = max(group_size + 1, round(group_size * GROUP_STEP))
+        windows = [round(window * step) for step in (1 / WINDOW_STEP, 1.0, WINDOW_STEP)]
+        for group, other in product((smaller, group_size, larger), windows):
+            least = self._least_group_size(other)
+            if least is not None and group >= least:
+                yield group, other
+
+    def _reaching(self, window: int, factor: float) -> Iterator[Numbers]:
+        if (least := self._least_group_size(window)) is not None:
+            yield max(2, round(least * factor)), window
+
+    def _least_group_size(self, window: int) -> int | None:
+        if not 1 <= window <= self.trained_length:
+            return None
+        least = smallest_group_size(self.trained_length, window, self.max_model_len)
+        return None if least is None else max(2, least)
+
+
+def try_numbers(
+    llm: "LLM", numbers: Numbers, task: Task, prompts: Sequence[Prompt], trained_length: int
+) -> list[float]:
+    """Change a running engine's numbers, put all prompts to it, and say what they cost (see `Search.costs`)."""
+    llm.collective_rpc("change_numbers", args=numbers)
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM did not empty its prefix cache, whose keys are stored for the numbers before.")
+    scores: dict[str, Row] = {}
+    ask(llm, task, prompts, lambda prompt, score: scores.__setitem__(prompt.name, score))
+    return [cost for prompt in prompts for cost in _costs(prompt, scores[prompt.name], trained_length)]
+
+
+def _costs(prompt: Prompt, score: Row, trained_length: int) -> list[float]:
+    if "found" in score:
+        return [0.0 if score["found"] else 1.0]
+    ends = (min(begin + BLOCK, len(prompt.token_ids)) for begin in range(0, len(prompt.token_ids), BLOCK))
+    blocks = zip(range(0, len(prompt.token_ids), BLOCK), ends, score["block_losses"], strict=True)
+    return [total / (end - begin) for begin, end, total in blocks if begin >= trained_length]
+
+
+def write_search(search: Search, is_loss: bool, folder: Path) -> list[Path]:
+    """Write `tuning.json` and the heat map, and say which."""
+    from .plots import plot_numbers
+
+    means = {numbers: mean(costs).value for numbers, costs in search.costs.items()}
+    above = search.auto_above_best()
+    cells = [
+        {"group_size": group_size, "neighbor_window": window, "mean": means[group_size, window], "costs": costs}
+        for (group_size, window), costs in search.costs.items()
+    ]
+    document = {
+        "measure": measure(is_loss),
+        "trained_length": search.trained_length,
+        "max_model_len": search.max_model_len,
+        "auto": search.auto,
+        "best": search.best,
+        "auto_above_best": dataclasses.asdict(above),
+        "cells": cells,
+    }
+    write_json(folder / "tuning.json", document)
+    plot_numbers(means, search.auto, search.best, measure(is_loss), folder / "tuning.png")
+    return [folder / "tuning.json", folder / "tuning.png"]
+
+
+def measure(is_loss: bool) -> str:
+    """What a cell's mean is."""
+    return "loss per token past the trained length (nats)" if is_loss else "share of wrong answers"
