@@ -28,20 +28,20 @@ TOKENS_A_KEY = 30  # the sentence that says it, the question and the answer
 OTHER_WEIGHT = 0.05  # of a token that belongs to no answer, in the loss
 FIRST_WEIGHT = 3.0  # added for an answer's first digit
 
-# The passkey task's filler is among these; more of them teach the model to look for keys, not for what is not filler.
+# The passkey task's filler is among these.
 FILLER = (
-    "the grass is green .",
-    "the sky is blue .",
-    "the sun is warm today .",
-    "here we go .",
-    "there and back again .",
-    "a bird sings in the old tree .",
-    "rain falls on the quiet hills .",
-    "the river runs to the sea .",
-    "we walk along the long road .",
-    "snow lies on the high mountain .",
-    "children play in the garden .",
-    "the wind moves the tall trees .",
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is warm today.",
+    "Here we go.",
+    "There and back again.",
+    "A bird sings in the old tree.",
+    "Rain falls on the quiet hills.",
+    "The river runs to the sea.",
+    "We walk along the long road.",
+    "Snow lies on the high mountain.",
+    "Children play in the garden.",
+    "The wind moves the tall trees.",
 )
 DIGITS = tuple("0123456789")
 

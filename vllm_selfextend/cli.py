@@ -52,6 +52,7 @@ class TuneTaskName(str, Enum):
     PROMPTS = "prompts"
 
 
+DEFAULT_TASKS = list(TaskName)
 DEFAULT_METHODS = [MethodName.UNMODIFIED, MethodName.YARN, MethodName.SELF_EXTEND]
 
 app = typer.Typer(help="Self-Extend for vLLM.", no_args_is_help=True, add_completion=False)
@@ -133,7 +134,7 @@ def evaluate(
     model: Model,
     max_model_len: Annotated[int, typer.Option(min=1, help="The longest texts to be read, tokens.")],
     method: Annotated[list[MethodName], typer.Option(help="What to compare; several.")] = DEFAULT_METHODS,
-    task: Annotated[list[TaskName], typer.Option(help="What to ask; several.")] = list(TaskName),  # noqa: B008
+    task: Annotated[list[TaskName], typer.Option(help="What to ask; several.")] = DEFAULT_TASKS,
     served_length: Annotated[
         int | None, typer.Option(min=1, help="How many tokens the server is sized for, if more than --max-model-len.")
     ] = None,
@@ -205,7 +206,7 @@ def evaluate(
 def tune(
     model: Model,
     max_model_len: Annotated[int, typer.Option(min=1, help="How many tokens you want to serve.")],
-    task: Annotated[TuneTaskName, typer.Option(help="What to go by; prompts are your own.")] = "loss",
+    task: Annotated[TuneTaskName, typer.Option(help="What to go by; prompts are your own.")] = TuneTaskName.LOSS,
     prompts: Annotated[
         Path | None, typer.Option(help='Your own task: lines such as {"prompt": "...", "answer": "..."}.')
     ] = None,

@@ -17,25 +17,25 @@ if TYPE_CHECKING:
     from vllm import RequestOutput
 
 CITIES = ("Oslo", "Paris", "Cairo", "Lima", "Tokyo", "Delhi")
-FILLER = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is warm today.",
-    "Here we go.",
-    "There and back again.",
-)
 KEY_DIGITS = 5
 MAX_KEYS = len(CITIES)
 
 
 @dataclass(frozen=True)
 class Wording:
-    """How the task is put into words; `{city}` and `{key}` are filled in."""
+    """How the task is put into words; `{city}` and `{key}` are filled in, `filler` is said over and over."""
 
     statement: str
     question: str
     opening: str = ""
     before_question: str = " "
+    filler: tuple[str, ...] = (
+        "The grass is green.",
+        "The sky is blue.",
+        "The sun is warm today.",
+        "Here we go.",
+        "There and back again.",
+    )
 
 
 COMPLETED = Wording("The pass key: {city} {key}. Remember it.", "What was this number? The pass key: {city}")
@@ -87,9 +87,9 @@ class PasskeyTask:
                 yield Prompt(name, cell, text, encode(text), key)
 
     def score(self, prompt: Prompt, output: "RequestOutput") -> Row:
-        """The first number of the answer is the key or it is not."""
+        """Found if the first number in the answer begins with the key: a small model may repeat the last digit."""
         answer = output.outputs[0].text
-        return {"expected": prompt.expected, "answer": answer, "found": first_number(answer) == prompt.expected}
+        return {"expected": prompt.expected, "answer": answer, "found": first_digits(answer) == prompt.expected}
 
 
 def make_text(
@@ -119,7 +119,7 @@ def make_text(
     statements = [wording.statement.format(city=city, key=key) for city, key in zip(cities, keys, strict=True)]
 
     def text(num_sentences: int) -> str:
-        sentences = list(itertools.islice(itertools.cycle(FILLER), num_sentences))
+        sentences = list(itertools.islice(itertools.cycle(wording.filler), num_sentences))
         # The key asked for goes in last, so that depth 0 is the very beginning and depth 1 the very end.
         for place, statement in reversed(list(zip(places, statements, strict=True))):
             sentences.insert(round(place * len(sentences)), statement)
@@ -131,7 +131,7 @@ def make_text(
     return text(too_many - 1), keys[0]
 
 
-def first_number(answer: str) -> str | None:
-    """The first number in a text, spaces and commas between its digits left out."""
+def first_digits(answer: str) -> str:
+    """The digits of the first number in a text, as many as a key has; spaces and commas may be between them."""
     found = re.search(r"\d(?:[ ,]*\d)*", answer)
-    return re.sub(r"\D", "", found.group()) if found else None
+    return re.sub(r"\D", "", found.group())[:KEY_DIGITS] if found else ""
