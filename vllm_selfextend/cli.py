@@ -235,8 +235,6 @@ def tune(
         arguments = {**_engine_args(engine_args), "enforce_eager": True}
         checkpoint = read_checkpoint(model, max_model_len, settings, arguments)
         report = checkpoint.report
-        if report.group_size == 1:
-            raise ValueError(f"There is nothing to tune for {model} at {max_model_len} tokens: {report.reason}.")
         encode_chat, encode, uses_chat = prompt_encoder(model, arguments, chat=chat)
         asked: Task
         if prompts is not None or task == TuneTaskName.PROMPTS:

@@ -10,17 +10,17 @@ from typing import TextIO
 import pytest
 
 from vllm_selfextend.demo import run
-from vllm_selfextend.demo.screen import stderr_to
+from vllm_selfextend.evaluation.methods import METHODS
+from vllm_selfextend.evaluation.screen import stderr_to
 
-# Every seventh of the longest prompts: 12 of 84, of which the whole demo finds 81.
+# A quarter of the longest prompts with four keys: 11 of 42.
 SCRIPT = """
-import sys
+import dataclasses, sys
 from vllm_selfextend import cli
 from vllm_selfextend.demo import run
 
-longest = max(run.LENGTHS)
-tasks = [task for task in run.make_tasks() if task.num_tokens == longest][::7]
-run.LENGTHS, run.make_tasks = (longest,), lambda: tasks
+task = run.TASK
+run.TASK = dataclasses.replace(task, lengths=task.lengths[-1:], depths=task.depths[::2], key_counts=(4,), rounds=1)
 cli.app(["demo", "--output", sys.argv[1]])
 """
 
@@ -30,15 +30,17 @@ def test_self_extend_finds_what_the_unmodified_model_does_not(tmp_path: Path) ->
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
     done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    prompts = json.loads((tmp_path / "results.json").read_text())["prompts"]
-    found = {method: [row["found"] for row in prompts if row["method"] == method] for method in run.METHODS}
-    assert len(found["self_extend"]) == len(found["unmodified"]) == 12
-    assert sum(found["self_extend"]) >= 11
-    assert sum(found["unmodified"]) <= 1
+    answers = json.loads((tmp_path / "results.json").read_text())["answers"]
+    found = {method: [row["found"] for row in answers if row["method"] == method] for method in run.METHODS}
+    assert len(found["self-extend"]) == len(found["unmodified"]) == 11
+    assert sum(found["self-extend"]) >= 9
+    assert sum(found["unmodified"]) <= 3
     # The screen is the bars', the table's and the example's; everything else is in the log.
-    assert {line.split()[0] for line in done.stderr.splitlines()} == set(run.METHODS.values())
+    labels = {METHODS[method].label for method in run.METHODS}
+    assert {line.split()[0] for line in done.stderr.splitlines()} == {*labels, "all"}
     assert done.stdout.splitlines()[0].strip() == "Passkeys found by a model trained on 256 tokens"
     assert "Self-Extend: trained length 256" in (tmp_path / "vllm.log").read_text()
+    assert (tmp_path / "passkeys.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_fails_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -54,17 +56,3 @@ def test_what_fails_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr().err == f"a bar\nThe end of {log}:\nthe reason\n"
     print("on the screen again", file=sys.stderr)
     assert capfd.readouterr().err == "on the screen again\n"
-
-
-def test_results_are_written(tmp_path: Path) -> None:
-    results = []
-    for task in run.make_tasks():
-        for method, answer in (("self_extend", task.prompt.answer), ("unmodified", "none")):
-            cell = method, task.num_tokens, task.num_keys, task.depth
-            results.append(run.Result(*cell, expected=task.prompt.answer, answer=answer))
-    run.write_results(results, 256, tmp_path / "new" / "folder")
-    written = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
-    assert written["trained_length"] == 256
-    assert len(written["prompts"]) == len(results)
-    assert {(row["self_extend"], row["unmodified"]) for row in written["accuracy"]} == {(1.0, 0.0)}
-    assert (tmp_path / "new" / "folder" / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -75,7 +75,61 @@ def test_plan_of_nothing() -> None:
     assert "no/such/model" in result.stderr
 
 
-@pytest.mark.parametrize("command", [["demo"], ["plan", "x", "--max-model-len", "1"]])
+@pytest.mark.parametrize(
+    ("options", "exit_code", "said"),
+    [
+        (["no/such/model", "--max-model-len", 1024], 1, "no/such/model"),
+        ([MODEL_DIR, "--max-model-len", 256], 1, "trained for 256 tokens, and 256 are within them"),
+        ([MODEL_DIR, "--max-model-len", 0], 2, "--max-model-len"),
+        ([MODEL_DIR, "--max-model-len", 1024, "--text", "no.txt"], 1, "The text no.txt cannot be read"),
+        ([MODEL_DIR, "--max-model-len", 1024, "--engine-args", "dtype=float32"], 1, "is not JSON"),
+        (
+            [MODEL_DIR, "--max-model-len", 1024, "--engine-args", '{"max_model_len": 3}'],
+            1,
+            "cannot set 'max_model_len'",
+        ),
+        ([MODEL_DIR, "--max-model-len", 1024, "--engine-args", '{"dtpe": 3}'], 1, "no argument 'dtpe'"),
+    ],
+)
+def test_evaluate_and_tune_refuse_in_a_sentence(options: list, exit_code: int, said: str, tmp_path: Path) -> None:
+    for command in ("evaluate", "tune"):
+        result = invoke(command, *options, "--output", tmp_path / command)
+        assert result.exit_code == exit_code
+        assert said in " ".join(result.stderr.split())
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_code", "said"),
+    [
+        (["evaluate", "--method", "magic"], 2, "'magic' is not one of"),
+        (["evaluate", "--task", "magic"], 2, "'magic' is not one of"),
+        (["evaluate", "--group-size", 2], 1, "Set group_size to 6 or more"),
+        (["evaluate", "--length", 2048], 1, "--length 2048 is more than --max-model-len 1024"),
+        (["evaluate", "--loss-length", 2048], 1, "--loss-length 2048 is more than --max-model-len 1024"),
+        (["evaluate", "--task", "passkey", "--length", 64, "--keys", 6], 1, "too short: 6 key(s) take"),
+        (["tune", "--task", "prompts"], 1, "--task prompts needs a file of them"),
+        (["tune", "--prompts", "no.jsonl"], 1, "The prompts no.jsonl cannot be read"),
+    ],
+)
+def test_what_cannot_be_asked(options: list, exit_code: int, said: str, tmp_path: Path) -> None:
+    result = invoke(options[0], MODEL_DIR, "--max-model-len", 1024, *options[1:], "--output", tmp_path)
+    assert result.exit_code == exit_code
+    assert said in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_without_the_extra_the_commands_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else find_spec(name))
+    result = invoke("evaluate", MODEL_DIR, "--max-model-len", 1024)
+    assert result.exit_code == 1
+    assert "needs scipy: pip install 'vllm-selfextend[eval]'" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["demo"], ["plan", "x", "--max-model-len", "1"], ["evaluate", "x", "--max-model-len", "1"]],
+)
 def test_without_vllm_the_commands_say_what_to_install(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = invoke(*command)

@@ -63,11 +63,17 @@ def read_checkpoint(
         engine_args: Other arguments of vLLM's.
 
     Raises:
-        ValueError: The settings cannot reach `max_model_len`, or the config cannot be read.
+        ValueError: The settings cannot reach `max_model_len`, it is within the trained length, or the config cannot
+            be read.
         OSError: There is no such model.
 
     """
     report = plan_report(model, max_model_len, settings, engine_args)
+    if max_model_len <= report.trained_length:
+        raise ValueError(
+            f"{model} was trained for {report.trained_length} tokens, and {max_model_len} are within them: there is "
+            "nothing to extend. Ask for more tokens."
+        )
     model_config, _ = read_config(model, max_model_len, engine_args)
     is_part = model_config.hf_config is not model_config.hf_text_config
     rope = list(rope_parameters(model_config.hf_text_config))

@@ -38,7 +38,7 @@ def stderr_to(log: Path) -> Iterator[TextIO]:
 
 
 @contextlib.contextmanager
-def bars(stderr: TextIO, work: Mapping[str, float]) -> Iterator[Callable[[str, float], None]]:
+def bars(stderr: TextIO, work: Mapping[str, int]) -> Iterator[Callable[[str, int], None]]:
     """A bar per label, as long as its work, and one for all with the time that is left.
 
     Yields a function that a label and a piece of its work are given when the piece is done.
@@ -50,7 +50,7 @@ def bars(stderr: TextIO, work: Mapping[str, float]) -> Iterator[Callable[[str, f
         each = {label: progress.add_task(label.ljust(width), total=total, start=False) for label, total in work.items()}
         whole = progress.add_task("all".ljust(width), total=sum(work.values()))
 
-        def advance(label: str, piece: float) -> None:
+        def advance(label: str, piece: int) -> None:
             progress.start_task(each[label])
             progress.advance(each[label], piece)
             progress.advance(whole, piece)
@@ -67,9 +67,9 @@ def trying(stderr: TextIO, seconds: float) -> Iterator[Callable[[str], None]]:
         yield lambda what: progress.update(line, description=what)
 
 
-def reading_work(num_tokens: int, hidden_size: int) -> float:
+def reading_work(num_tokens: int, hidden_size: int) -> int:
     """How much work a prompt is, in tokens of a short one: attention's share grows with the length.
 
     A token's layers multiply it by about `12 * hidden_size**2` weights, and its attention reads half the prompt.
     """
-    return num_tokens * (1 + num_tokens / (12 * hidden_size))
+    return round(num_tokens * (1 + num_tokens / (12 * hidden_size)))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ..positions import smallest_group_size
@@ -14,7 +15,7 @@ from .engine import ask
 from .loss import BLOCK
 from .prompts import Prompt, Row, Task
 from .records import write_json
-from .statistics import Estimate, difference, mean
+from .statistics import Estimate, difference
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -64,7 +65,7 @@ class Search:
         """The cell with the lowest mean; the automatic choice among equals."""
 
         def order(numbers: Numbers) -> tuple[float, bool, Numbers]:
-            return mean(self.costs[numbers]).value, numbers != self.auto, numbers
+            return fmean(self.costs[numbers]), numbers != self.auto, numbers
 
         return min(self.costs, key=order)
 
@@ -127,7 +128,7 @@ def write_search(search: Search, is_loss: bool, folder: Path) -> list[Path]:
     """Write `tuning.json` and the heat map, and say which."""
     from .plots import plot_numbers
 
-    means = {numbers: mean(costs).value for numbers, costs in search.costs.items()}
+    means = {numbers: fmean(costs) for numbers, costs in search.costs.items()}
     above = search.auto_above_best()
     cells = [
         {"group_size": group_size, "neighbor_window": window, "mean": means[group_size, window], "costs": costs}

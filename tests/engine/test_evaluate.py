@@ -1,0 +1,92 @@
+"""`evaluate` on the demo's model, as a user runs it: whole, and broken off and started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.evaluation.passkey import COMPLETED
+from vllm_selfextend.evaluation.summary import block_losses
+
+METHODS = ("unmodified", "self-extend")
+PASSKEYS, TEXTS = 2 * 3, 2
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two texts of words that the model knows."""
+    folder = tmp_path_factory.mktemp("texts")
+    paths = [folder / "forward.txt", folder / "backward.txt"]
+    for path, filler in zip(paths, (COMPLETED.filler, COMPLETED.filler[::-1]), strict=True):
+        path.write_text(" ".join(filler * 200))
+    return paths
+
+
+def command(texts: list[Path], output: Path) -> list[str]:
+    options = ["--max-model-len", "1024", "--length", "512", "--length", "1024", "--depths", "3", "--no-chat"]
+    options += [f"--method={method}" for method in METHODS] + [f"--text={path}" for path in texts]
+    options += ["--engine-args", '{"dtype": "float32", "max_num_batched_tokens": 512}', "--output", str(output)]
+    script = "from vllm_selfextend.cli import main; main()"
+    return [sys.executable, "-c", script, "evaluate", str(MODEL_DIR), *options]
+
+
+def environment() -> dict[str, str]:
+    """As in a user's shell: the tests' own settings silence vLLM."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
+
+
+@pytest.fixture(scope="module")
+def whole(texts: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that nobody broke off, and its output."""
+    output = tmp_path_factory.mktemp("whole")
+    done = subprocess.run(command(texts, output), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return output, done.stdout
+
+
+def test_what_is_found_and_shown(whole: tuple[Path, str]) -> None:
+    output, shown = whole
+    results = json.loads((output / "results.json").read_text())
+    answers = results["answers"]
+    assert len(answers) == len(METHODS) * (PASSKEYS + TEXTS)
+    shares = {(row["method"], row["length"]): row["value"] for row in results["summary"]["passkey"]}
+    assert shares["self-extend", 1024] == 1.0
+    assert shares["unmodified", 1024] < 1.0
+    within, beyond = ({m: block_losses(answers, m, *span) for m in METHODS} for span in ((0, 256), (256, 1024)))
+    assert within["self-extend"] == pytest.approx(within["unmodified"], abs=0.01)
+    assert sum(beyond["self-extend"]) < sum(beyond["unmodified"])
+    for text in ("Passkeys found, on a server of 1,024 tokens", "Loss per token", "256 to 1,024", "Wrote results.json"):
+        assert text in shown
+    for name in ("passkeys.png", "loss.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_broken_off_goes_on(whole: tuple[Path, str], texts: list[Path], tmp_path: Path) -> None:
+    # Ctrl-C reaches every process of a terminal's job.
+    run = subprocess.Popen(
+        command(texts, tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    answers = tmp_path / "answers.jsonl"
+    while run.poll() is None and not (answers.exists() and answers.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGINT)
+    _, said = run.communicate()
+    assert run.returncode == 130, said
+    assert "Stopped. What was answered is in" in " ".join(said.split())
+    assert "Traceback" not in said
+    first = answers.read_text().splitlines()
+    assert 2 <= len(first) < len(METHODS) * (PASSKEYS + TEXTS)
+
+    done = subprocess.run(command(texts, tmp_path), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert answers.read_text().splitlines()[: len(first)] == first
+    assert len({(row["method"], row["name"]) for row in rows}) == len(rows) == len(METHODS) * (PASSKEYS + TEXTS)
+    assert json.loads((tmp_path / "results.json").read_text()) == json.loads((whole[0] / "results.json").read_text())

@@ -1,0 +1,82 @@
+"""Shares, losses, tables and pictures of made-up answers."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vllm_selfextend.evaluation import plots, tables
+from vllm_selfextend.evaluation.loss import BLOCK
+from vllm_selfextend.evaluation.summary import block_losses, passkey_share, summarize
+
+METHODS = ("unmodified", "self-extend")
+LENGTH = 1000
+
+
+def passkey_rows() -> list[dict]:
+    return [
+        {"task": "passkey", "method": m, "length": n, "num_keys": 1, "depth": d, "round": 0}
+        | {"found": n <= 512 or m == "self-extend"}
+        for m in METHODS
+        for n in (512, 1024, 2048)
+        for d in (0.25, 0.75)
+    ]
+
+
+def loss_rows() -> list[dict]:
+    """1,999 tokens: 3 blocks end within `LENGTH`, one straddles it, the last is a part."""
+    rows = []
+    for method, beyond in (("unmodified", 4.0), ("self-extend", 2.0)):
+        begins = range(0, 1999, BLOCK)
+        sizes = [min(BLOCK, 1999 - begin) - (begin == 0) for begin in begins]
+        rates = [2.0 if begin < LENGTH else beyond for begin in begins]
+        blocks = [size * rate for size, rate in zip(sizes, rates, strict=True)]
+        rows.append({"task": "loss", "method": method, "length": 2000, "num_tokens": 1999, "block_losses": blocks})
+    return rows
+
+
+def test_shares() -> None:
+    rows = passkey_rows()
+    found = passkey_share(rows, "unmodified", length=1024, num_keys=1)
+    assert found is not None
+    assert (found.value, found.low) == (0.0, pytest.approx(0.0))
+    assert passkey_share(rows, "unmodified", length=99) is None
+
+
+def test_losses_within_and_past_the_trained_length() -> None:
+    rows = loss_rows()
+    assert block_losses(rows, "unmodified", 0, LENGTH) == [2.0] * 3
+    assert block_losses(rows, "unmodified", LENGTH, 2000) == [4.0] * 4
+    summary = summarize(rows, METHODS, LENGTH)["loss"]
+    means = {(cell["method"], cell["begin"]): cell["value"] for cell in summary}
+    assert means == {
+        ("unmodified", 0): 2.0,
+        ("self-extend", 0): 2.0,
+        ("unmodified", 1000): 4.0,
+        ("self-extend", 1000): 2.0,
+    }
+    (above,) = (
+        cell["above_self_extend"] for cell in summary if (cell["method"], cell["begin"]) == ("unmodified", 1000)
+    )
+    assert above["value"] == 2.0
+
+
+def test_tables() -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(tables.passkey_table(passkey_rows(), METHODS, "Passkeys"))
+    console.print(tables.loss_table(loss_rows(), METHODS, LENGTH))
+    text = console.export_text()
+    assert "0% (0-66)" in text
+    assert "100% (34-100)" in text
+    assert "1,000 to 2,000" in text
+    assert "4.000 ± 0.000" in text
+
+
+def test_pictures(tmp_path: Path) -> None:
+    plots.plot_passkeys(passkey_rows(), METHODS, LENGTH, tmp_path / "passkeys.png")
+    plots.plot_losses(loss_rows(), METHODS, LENGTH, tmp_path / "loss.png")
+    plots.plot_numbers({(2, 64): 0.5, (4, 64): 0.25, (4, 16): 0.75}, (2, 64), (4, 64), "wrong", tmp_path / "tuning.png")
+    for path in tmp_path.iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,87 @@
+import io
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from vllm_selfextend.config import SelfExtendConfig
+from vllm_selfextend.evaluation.tables import distance_from_auto, numbers_table
+from vllm_selfextend.evaluation.tuning import Numbers, Search
+from vllm_selfextend.positions import capacity
+
+
+def search(length: int, reach: int) -> Search:
+    plan = SelfExtendConfig().plan(length, reach)
+    return Search(length, reach, (plan.group_size, plan.neighbor_window))
+
+
+@given(st.integers(4, 9000), st.integers(2, 40), st.integers(0, 2**32))
+def test_only_what_reaches_is_tried_and_once(length: int, times: int, seed: int) -> None:
+    tried: list[Numbers] = []
+
+    def costs_of(numbers: Numbers) -> list[float]:
+        tried.append(numbers)
+        return [hash((numbers, seed, i)) % 100 / 10 for i in range(3)]
+
+    one = search(length, length * times)
+    one.run(costs_of, 60.0)
+    assert tried[0] == one.auto
+    assert len(set(tried)) == len(tried) == len(one.costs)
+    for group_size, window in tried:
+        assert group_size >= 2
+        assert 1 <= window <= length
+        assert capacity(length, group_size, window) >= length * times
+    assert sum(one.costs[one.best]) == min(map(sum, one.costs.values()))
+
+
+def test_the_search_goes_to_where_it_is_best() -> None:
+    """A bowl whose bottom is in no coarse cell."""
+    one = search(8192, 32768)
+    bottom = 9, 3000
+    one.run(lambda numbers: [sum(abs(math.log(a / b)) for a, b in zip(numbers, bottom, strict=True))] * 2, 60.0)
+    group_size, window = one.best
+    assert group_size in (8, 9, 10)
+    assert 2300 < window < 3900
+    assert one.auto_above_best().low > 0.0
+
+
+def test_equals_are_the_automatic_choice() -> None:
+    one = search(256, 4096)
+    one.run(lambda numbers: [0.0] * 8, 60.0)
+    assert one.best == one.auto
+    assert "is the automatic choice: G 38, W 64" in distance_from_auto(one)
+
+
+def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+
+    def costs_of(numbers: Numbers) -> list[float]:
+        nonlocal now
+        now += 25.0
+        return [1.0, 2.0]
+
+    one = search(256, 4096)
+    one.run(costs_of, 60.0)
+    assert len(one.costs) == 2, "a third would end after 75 seconds"
+    one = search(256, 4096)
+    one.run(costs_of, 1.0)
+    assert list(one.costs) == [one.auto], "the automatic choice is always tried"
+
+
+def test_noise_is_not_called_a_difference() -> None:
+    one = search(256, 4096)
+    one.costs = {one.auto: [0.0] * 9 + [1.0], (30, 64): [0.0] * 10}
+    said = distance_from_auto(one)
+    assert "The best of 2 tried is G 30, W 64." in said
+    assert "is 0.100 above it" in said
+    assert "no difference that these prompts can show" in said
+    one.costs = {one.auto: [2.0, 3.0, 4.0] * 5, (30, 64): [1.0, 2.0, 3.1] * 5}
+    assert "no difference" not in distance_from_auto(one)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(numbers_table(one, True))
+    shown = console.export_text()
+    assert "2.033 *" in shown
+    assert "3.000 a" in shown
