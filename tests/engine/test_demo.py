@@ -38,7 +38,7 @@ def test_self_extend_finds_what_the_unmodified_model_does_not(tmp_path: Path) ->
     # The screen is the bars', the table's and the example's; everything else is in the log.
     labels = {METHODS[method].label for method in run.METHODS}
     assert {line.split()[0] for line in done.stderr.splitlines()} == {*labels, "all"}
-    assert done.stdout.splitlines()[0].strip() == "Passkeys found by a model trained on 256 tokens"
+    assert "Passkeys found by a model trained on 256 tokens" in " ".join(done.stdout.split())
     assert "Self-Extend: trained length 256" in (tmp_path / "vllm.log").read_text()
     assert (tmp_path / "passkeys.png").read_bytes().startswith(b"\x89PNG")
 

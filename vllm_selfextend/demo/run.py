@@ -1,10 +1,12 @@
 """The demo: how many passkeys the small model finds, unmodified and with Self-Extend, over the length of the text."""
 
-from ..evaluation.comparison import Comparison
-from ..evaluation.engine import prompt_encoder
-from ..evaluation.methods import read_checkpoint
+from typing import TYPE_CHECKING
+
 from ..evaluation.passkey import PasskeyTask
 from . import MODEL_DIR
+
+if TYPE_CHECKING:
+    from ..evaluation.comparison import Comparison
 
 METHODS = ("unmodified", "self-extend")
 TASK = PasskeyTask(
@@ -18,8 +20,12 @@ TASK = PasskeyTask(
 ENGINE_ARGS = {"dtype": "float32", "max_num_batched_tokens": 2048}
 
 
-def comparison() -> Comparison:
+def comparison() -> "Comparison":
     """The demo's model, methods and prompts; everything else is as for any model."""
+    from ..evaluation.comparison import Comparison
+    from ..evaluation.engine import prompt_encoder
+    from ..evaluation.methods import read_checkpoint
+
     model = str(MODEL_DIR)
     checkpoint = read_checkpoint(model, max(TASK.lengths), {}, ENGINE_ARGS)
     # Its chat template only joins messages.
