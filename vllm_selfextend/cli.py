@@ -53,7 +53,7 @@ class TuneTaskName(str, Enum):
 
 
 DEFAULT_TASKS = list(TaskName)
-DEFAULT_METHODS = [MethodName.UNMODIFIED, MethodName.YARN, MethodName.SELF_EXTEND]
+DEFAULT_METHODS = ("unmodified", "yarn", "self-extend")
 
 app = typer.Typer(help="Self-Extend for vLLM.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -133,7 +133,10 @@ def demo(
 def evaluate(
     model: Model,
     max_model_len: Annotated[int, typer.Option(min=1, help="The longest texts to be read, tokens.")],
-    method: Annotated[list[MethodName], typer.Option(help="What to compare; several.")] = DEFAULT_METHODS,
+    method: Annotated[
+        list[MethodName] | None,
+        typer.Option(help="What to compare, several; without one: unmodified, yarn, self-extend."),
+    ] = None,
     task: Annotated[list[TaskName], typer.Option(help="What to ask; several.")] = DEFAULT_TASKS,
     served_length: Annotated[
         int | None, typer.Option(min=1, help="How many tokens the server is sized for, if more than --max-model-len.")
@@ -163,7 +166,7 @@ def evaluate(
     with _evaluating(output) as (folder, stderr):
         from .evaluation.comparison import Comparison
         from .evaluation.engine import prompt_encoder
-        from .evaluation.methods import read_checkpoint
+        from .evaluation.methods import allowed_methods, read_checkpoint
         from .evaluation.tables import loss_table, passkey_table
 
         arguments = _engine_args(engine_args)
@@ -179,7 +182,10 @@ def evaluate(
         if TaskName.LOSS in task:
             tasks.append(_loss_task(text, loss_length, max_model_len))
         prompts = [(one, list(one.prompts(encode_chat if one.name == "passkey" else encode))) for one in tasks]
-        methods = list(dict.fromkeys(one.value for one in method))
+        methods = list(dict.fromkeys(one.value for one in method or ()))
+        left_out: list[str] = []
+        if not methods:
+            methods, left_out = allowed_methods(DEFAULT_METHODS, checkpoint, settings)
         comparison = Comparison(checkpoint, methods, prompts, settings, arguments)
         asked = {
             "model": model,
@@ -199,6 +205,8 @@ def evaluate(
         else:
             console.print(loss_table(mine, methods, checkpoint.report.trained_length))
     console.print("In brackets and behind ±: the 95 % interval.", highlight=False)
+    for reason in left_out:
+        console.print(f"Not compared: {escape(reason)}", highlight=False)
     _print_written(output, written)
 
 
@@ -253,7 +261,11 @@ def tune(
                 show(f"{len(search.costs)} tried, now G {numbers[0]}, W {numbers[1]}")
                 return try_numbers(llm, numbers, asked, put, report.trained_length)
 
-            search.run(costs_of, 60 * budget)
+            try:
+                search.run(costs_of, 60 * budget)
+            except KeyboardInterrupt:
+                if not search.costs:
+                    raise
         written = write_search(search, asked.scores_prompt, folder)
     console.print(numbers_table(search, asked.scores_prompt))
     group_size, window = search.best
@@ -288,7 +300,8 @@ def _evaluating(output: Path | None) -> Iterator[tuple[Path, TextIO]]:
     except (ValueError, OSError) as error:
         _fail(error)
     except KeyboardInterrupt as error:
-        errors.print(f"Stopped. What was answered is in {folder}; the same command with --output {folder} goes on.")
+        kept = f" What was answered is in {folder}; the same command with --output {folder} goes on."
+        errors.print("Stopped." + (kept if (folder / "answers.jsonl").exists() else ""), highlight=False)
         raise typer.Exit(130) from error
 
 

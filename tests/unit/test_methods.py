@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.evaluation.methods import METHODS, SCALED, engine_settings, read_checkpoint
+from vllm_selfextend.evaluation.methods import METHODS, SCALED, allowed_methods, engine_settings, read_checkpoint
 from vllm_selfextend.plan import CONFIG_KEY
 
 LENGTH, SERVED, HEAD_SIZE, BASE = 256, 4000, 32, 10000.0
@@ -85,6 +85,9 @@ def test_a_checkpoint_that_scales_already(tmp_path: Path) -> None:
     for method in SCALED:
         with pytest.raises(ValueError, match=rf"'{method}' scales a plain RoPE, and .* has RoPE of type 'linear'"):
             engine_settings(method, checkpoint, {})
+    names, reasons = allowed_methods(("unmodified", "yarn", "self-extend"), checkpoint, {})
+    assert names == ["unmodified", "self-extend"]
+    assert [reason.split("'")[1] for reason in reasons] == ["yarn"]
 
 
 def test_what_self_extend_cannot_serve(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a vLLM user can do about a text longer than the trained length, each as settings of the engine."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,28 @@ def read_checkpoint(
     is_part = model_config.hf_config is not model_config.hf_text_config
     rope = list(rope_parameters(model_config.hf_text_config))
     return Checkpoint(report, rope, is_part, model_config.get_hidden_size())
+
+
+def allowed_methods(
+    names: Sequence[str], checkpoint: Checkpoint, settings: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """Those of the methods that the checkpoint allows, and why it does not allow the others.
+
+    Raises:
+        ValueError: It does not allow Self-Extend.
+
+    """
+    allowed, reasons = [], []
+    for name in names:
+        try:
+            engine_settings(name, checkpoint, settings)
+        except ValueError as error:
+            if name == "self-extend":
+                raise
+            reasons.append(str(error))
+        else:
+            allowed.append(name)
+    return allowed, reasons
 
 
 def engine_settings(method: str, checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:

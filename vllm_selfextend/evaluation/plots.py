@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from .intervals import mean
 from .loss import BLOCK
 from .methods import METHODS
 from .prompts import Row
-from .statistics import mean
 from .summary import block_losses, column, passkey_share
 
 if TYPE_CHECKING:

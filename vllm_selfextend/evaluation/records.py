@@ -61,5 +61,5 @@ class Records:
 def write_json(path: Path, document: Any) -> None:
     """Write a document, whole or not at all."""
     new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    new.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     new.replace(path)

@@ -1,12 +1,11 @@
 """What the rows of a run come to: shares of keys found, losses over position."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from .intervals import Estimate, difference, mean, share
 from .loss import BLOCK
 from .prompts import Row
-from .statistics import Estimate, difference, mean, share
 
 
 def passkey_share(rows: Iterable[Row], method: str, **cell: Any) -> Estimate | None:
@@ -50,7 +49,7 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
             for method in methods:
                 if found := passkey_share(passkeys, method, length=length, num_keys=num_keys):
                     cell = {"length": length, "num_keys": num_keys, "method": method}
-                    shares.append(cell | dataclasses.asdict(found))
+                    shares.append(cell | found.as_json())
     scored = [row for row in rows if row["task"] == "loss"]
     losses = []
     for begin, end in loss_ranges(trained_length, max(column(scored, "length"), default=0)) if scored else []:
@@ -58,8 +57,8 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
         for method in methods:
             if not (blocks := block_losses(scored, method, begin, end)):
                 continue
-            cell = {"begin": begin, "end": end, "method": method} | dataclasses.asdict(mean(blocks))
+            cell = {"begin": begin, "end": end, "method": method} | mean(blocks).as_json()
             if len(ours) == len(blocks) and method != "self-extend":
-                cell["above_self_extend"] = dataclasses.asdict(difference(blocks, ours))
+                cell["above_self_extend"] = difference(blocks, ours).as_json()
             losses.append(cell)
     return {"passkey": shares, "loss": losses}

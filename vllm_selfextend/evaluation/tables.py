@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from .intervals import Estimate, mean
 from .methods import METHODS
 from .prompts import Row
-from .statistics import Estimate, mean
 from .summary import block_losses, column, loss_ranges, passkey_share
 from .tuning import Search, measure
 

@@ -1,6 +1,5 @@
 """`tune`: the group size and neighbor window that a model reads best with, found by trying them in one engine."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from ..positions import smallest_group_size
 from .engine import ask
+from .intervals import Estimate, difference
 from .loss import BLOCK
 from .prompts import Prompt, Row, Task
 from .records import write_json
-from .statistics import Estimate, difference
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -129,7 +128,6 @@ def write_search(search: Search, is_loss: bool, folder: Path) -> list[Path]:
     from .plots import plot_numbers
 
     means = {numbers: fmean(costs) for numbers, costs in search.costs.items()}
-    above = search.auto_above_best()
     cells = [
         {"group_size": group_size, "neighbor_window": window, "mean": means[group_size, window], "costs": costs}
         for (group_size, window), costs in search.costs.items()
@@ -140,7 +138,7 @@ def write_search(search: Search, is_loss: bool, folder: Path) -> list[Path]:
         "max_model_len": search.max_model_len,
         "auto": search.auto,
         "best": search.best,
-        "auto_above_best": dataclasses.asdict(above),
+        "auto_above_best": search.auto_above_best().as_json(),
         "cells": cells,
     }
     write_json(folder / "tuning.json", document)

@@ -1,5 +1,6 @@
 """How sure the numbers are: 95 % intervals."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ class Estimate:
     value: float
     low: float
     high: float
+
+    def as_json(self) -> dict[str, float | None]:
+        """As JSON keeps it, which has no infinite numbers: None where nothing is known."""
+        return {name: number if math.isfinite(number) else None for name, number in dataclasses.asdict(self).items()}
 
 
 def share(found: int, asked: int) -> Estimate:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_selfextend.evaluation.statistics import difference, mean, share
+from vllm_selfextend.evaluation.intervals import difference, mean, share
 
 
 def test_wilson() -> None:
@@ -21,6 +21,7 @@ def test_students_interval() -> None:
     assert estimate.value == 2.5
     assert estimate.high - 2.5 == pytest.approx(3.1824 * math.sqrt(5 / 3) / 2, rel=1e-4)
     assert mean([2.0]).high == math.inf
+    assert mean([2.0]).as_json() == {"value": 2.0, "low": None, "high": None}
     assert mean([2.0, 2.0]).low == 2.0
 
 
