@@ -76,7 +76,9 @@ def test_tables() -> None:
 def test_pictures(tmp_path: Path) -> None:
     plots.plot_passkeys(passkey_rows(), METHODS, LENGTH, tmp_path / "passkeys.png")
     plots.plot_losses(loss_rows(), METHODS, LENGTH, tmp_path / "loss.png")
-    plots.plot_numbers({(2, 64): 0.5, (4, 64): 0.25, (4, 16): 0.75}, (2, 64), (4, 64), "wrong", tmp_path / "tuning.png")
+    plots.plot_numbers(
+        {(2, 64): 0.5, (4, 64): 0.25, (4, 16): 0.75}, (2, 64), (4, 64), "wrong", tmp_path / "tuning.png", is_share=True
+    )
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
     assert len(list(tmp_path.iterdir())) == 3

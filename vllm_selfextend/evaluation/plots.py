@@ -70,20 +70,26 @@ def plot_losses(rows: Sequence[Row], methods: Sequence[str], trained_length: int
 
 
 def plot_numbers(
-    costs: dict[tuple[int, int], float], auto: tuple[int, int], best: tuple[int, int], label: str, path: Path
+    costs: dict[tuple[int, int], float],
+    auto: tuple[int, int],
+    best: tuple[int, int],
+    label: str,
+    path: Path,
+    *,
+    is_share: bool,
 ) -> None:
     """A heat map over group size and neighbor window; cells that were not tried stay empty."""
     groups, windows = sorted({g for g, _ in costs}), sorted({w for _, w in costs})
     figure = Figure(figsize=(2.2 + 0.75 * len(groups), 1.6 + 0.5 * len(windows)), layout="constrained")
     axes = figure.subplots()
     values = [[costs.get((g, w), float("nan")) for g in groups] for w in windows]
-    middle = (min(costs.values()) + max(costs.values())) / 2
-    image = axes.imshow(values, cmap=COLORS, aspect="auto", origin="lower")
+    low, high = (0.0, 1.0) if is_share else (min(costs.values()), max(costs.values()))
+    image = axes.imshow(values, cmap=COLORS, norm=Normalize(low, high), aspect="auto", origin="lower")
     for (group, window), cost in costs.items():
         marks = [name for name, numbers in (("best", best), ("auto", auto)) if numbers == (group, window)]
         label_lines = "\n".join([f"{cost:.3f}", *marks])
         text = axes.text(groups.index(group), windows.index(window), label_lines, fontsize="small")
-        text.set(ha="center", va="center", color="black" if cost > middle else "white")
+        text.set(ha="center", va="center", color="black" if cost > (low + high) / 2 else "white")
     axes.set_xticks(range(len(groups)), [str(g) for g in groups])
     axes.set_yticks(range(len(windows)), [f"{w:,}" for w in windows])
     axes.set(xlabel="group size G", ylabel="neighbor window W (tokens)")

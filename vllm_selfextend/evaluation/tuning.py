@@ -142,7 +142,7 @@ def write_search(search: Search, is_loss: bool, folder: Path) -> list[Path]:
         "cells": cells,
     }
     write_json(folder / "tuning.json", document)
-    plot_numbers(means, search.auto, search.best, measure(is_loss), folder / "tuning.png")
+    plot_numbers(means, search.auto, search.best, measure(is_loss), folder / "tuning.png", is_share=not is_loss)
     return [folder / "tuning.json", folder / "tuning.png"]
 
 
