@@ -26,7 +26,7 @@ def main(
 ) -> None:
     """Fetch SmolLM2-135M-Instruct, and compare the methods on servers of 32,768 and of 65,536 tokens."""
     model = folder / "SmolLM2-135M-Instruct"
-    if not (model / "config.json").exists():
+    if not model.exists():
         fetch(model)
     # Processors without instructions for bfloat16 are many times slower at it.
     dtype = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
@@ -64,8 +64,11 @@ def fetch(model: Path) -> None:
         settings.pop(key, None)
     made = LlamaForCausalLM(LlamaConfig(**settings))
     made.load_state_dict(read.state_dict())
-    tokenizer.save_pretrained(model)
-    made.to(torch.bfloat16).save_pretrained(model)
+    # A name that is there means a checkpoint that is whole.
+    new = model.with_name(model.name + ".new")
+    tokenizer.save_pretrained(new)
+    made.to(torch.bfloat16).save_pretrained(new)
+    new.rename(model)
 
 
 if __name__ == "__main__":
