@@ -11,9 +11,9 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from vllm_selfextend.attention import SelfExtendMetadataBuilder
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.demo.passkey import make_prompt
 
 from .models import VOCAB_SIZE
+from .passkeys import make_prompt
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
 NUMBERS = {"group_size": 12, "neighbor_window": 16}
@@ -53,7 +53,7 @@ def test_the_native_kernels_are_the_default_and_agree(checkpoint: Callable, star
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
 def test_an_fp8_cache_still_finds_the_keys(kernel: str, start_engine: Callable) -> None:
     rng = random.Random(5)
-    prompts = [make_prompt(1500, 1, depth / 11, rng) for depth in range(12)]
+    prompts = [make_prompt(1500, depth / 11, rng) for depth in range(12)]
     settings = {"attention_backend": "CUSTOM", "max_model_len": 1536, "skip_tokenizer_init": False}
     settings |= {"additional_config": {"self_extend": {"kernel": kernel}}}
     sampling = SamplingParams(temperature=0.0, max_tokens=5)
@@ -78,7 +78,7 @@ def test_an_fp8_cache_still_finds_the_keys(kernel: str, start_engine: Callable) 
 def test_triton_kernels_agree_in_chunks_batches_and_on_a_prefix_hit(start_engine: Callable) -> None:
     # The small model's trained length is 256: within it, past it, and far past it, in chunks of 128.
     rng = random.Random(6)
-    prompts = [make_prompt(length, 1, 0.5, rng) for length in (40, 300, 500)]
+    prompts = [make_prompt(length, 0.5, rng) for length in (40, 300, 500)]
     texts = [*(prompt.text for prompt in prompts), prompts[1].text]
     sampling = SamplingParams(temperature=0.0, max_tokens=5)
 

@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.demo.passkey import make_prompt
+
+from .passkeys import SENTENCE, make_prompt
 
 PROMPT_TOKENS = 1500
 
 
 def test_long_requests_are_answered(tmp_path: Path) -> None:
     rng = random.Random(7)
-    prompts = [make_prompt(PROMPT_TOKENS, 1, rng.random(), rng) for _ in range(8)]
+    prompts = [make_prompt(PROMPT_TOKENS, rng.random(), rng) for _ in range(8)]
     assert len({prompt.answer for prompt in prompts}) == len(prompts)
     requests = [
         {
@@ -40,6 +41,6 @@ def test_long_requests_are_answered(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     answers = {line["custom_id"]: line["response"]["body"] for line in lines}
-    assert {body["usage"]["prompt_tokens"] for body in answers.values()} == {PROMPT_TOKENS}
+    assert all(0 <= PROMPT_TOKENS - body["usage"]["prompt_tokens"] < SENTENCE for body in answers.values())
     found = {number: body["choices"][0]["message"]["content"].strip() for number, body in answers.items()}
     assert found == {str(number): prompt.answer for number, prompt in enumerate(prompts)}

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.demo.passkey import PasskeyPrompt, make_prompt
+
+from .passkeys import SENTENCE, Passkey, make_prompt
 
 MAX_MODEL_LEN = 4096
 PROMPT_TOKENS = 3000
@@ -77,15 +78,15 @@ def _wait(process: subprocess.Popen, client: openai.OpenAI, log: Path) -> None:
     pytest.fail(f"the server did not answer within 300 s:\n{log.read_text()}")
 
 
-def long_prompt(seed: int) -> PasskeyPrompt:
+def long_prompt(seed: int) -> Passkey:
     rng = random.Random(seed)
-    return make_prompt(PROMPT_TOKENS, 1, rng.random(), rng)
+    return make_prompt(PROMPT_TOKENS, rng.random(), rng)
 
 
 def test_a_long_prompt_is_answered(server: Server) -> None:
     prompt = long_prompt(0)
     completion = server.complete(prompt.text)
-    assert completion.usage.prompt_tokens == PROMPT_TOKENS
+    assert 0 <= PROMPT_TOKENS - completion.usage.prompt_tokens < SENTENCE
     assert completion.choices[0].text.strip() == prompt.answer
 
 
@@ -99,7 +100,7 @@ def test_a_long_prompt_is_answered_as_a_stream(server: Server) -> None:
 def test_a_long_chat_message_is_answered(server: Server) -> None:
     prompt = long_prompt(34)
     completion = server.chat(prompt.text)
-    assert completion.usage.prompt_tokens == PROMPT_TOKENS
+    assert 0 <= PROMPT_TOKENS - completion.usage.prompt_tokens < SENTENCE
     assert completion.choices[0].message.content.strip() == prompt.answer
 
 
@@ -121,7 +122,7 @@ def test_concurrent_clients_get_their_own_keys(server: Server) -> None:
 
 def test_a_prompt_past_max_model_len_is_refused_and_the_server_lives_on(server: Server) -> None:
     with pytest.raises(openai.BadRequestError, match=f"maximum context length is {MAX_MODEL_LEN} tokens") as refused:
-        server.complete(make_prompt(MAX_MODEL_LEN + 1, 1, 0.5, random.Random(0)).text)
+        server.complete(make_prompt(MAX_MODEL_LEN + SENTENCE, 0.5, random.Random(0)).text)
     assert refused.value.status_code == 400
     prompt = long_prompt(0)
     assert server.complete(prompt.text).choices[0].text.strip() == prompt.answer

@@ -1,4 +1,4 @@
-"""How sure the numbers are: 95 % intervals."""
+"""How sure the numbers are: 95 % intervals, unless another level is asked for."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def share(found: int, asked: int) -> Estimate:
     return Estimate(found / asked, float(interval.low), float(interval.high))
 
 
-def mean(values: Sequence[float]) -> Estimate:
+def mean(values: Sequence[float], level: float = LEVEL) -> Estimate:
     """A mean, with Student's interval; one value alone says nothing of its error."""
     middle = math.fsum(values) / len(values)
     if len(values) < 2:
@@ -37,11 +37,11 @@ def mean(values: Sequence[float]) -> Estimate:
     error = float(stats.sem(values))
     if error == 0.0:
         return Estimate(middle, middle, middle)
-    low, high = stats.t.interval(LEVEL, len(values) - 1, loc=middle, scale=error)
+    low, high = stats.t.interval(level, len(values) - 1, loc=middle, scale=error)
     return Estimate(middle, float(low), float(high))
 
 
-def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
+def difference(first: Sequence[float], second: Sequence[float], level: float = LEVEL) -> Estimate:
     """The mean of `first - second`, pair by pair.
 
     Where every value is 0 or 1, the interval is that of Agresti and Min for paired shares ("Simple improved confidence
@@ -49,10 +49,10 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Estimate:
     """
     pairs = list(zip(first, second, strict=True))
     if not {*first, *second} <= {0.0, 1.0}:
-        return mean([a - b for a, b in pairs])
+        return mean([a - b for a, b in pairs], level)
     count = len(pairs)
     up, down = (sum(pair == wanted for pair in pairs) + 0.5 for wanted in ((1.0, 0.0), (0.0, 1.0)))
     middle = (up - down) / (count + 2)
     error = math.sqrt((up + down) - (up - down) ** 2 / (count + 2)) / (count + 2)
-    reach = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
+    reach = float(stats.norm.ppf((1 + level) / 2)) * error
     return Estimate((up - down) / count, max(-1.0, middle - reach), min(1.0, middle + reach))

@@ -54,6 +54,19 @@ class LossTask:
         return {"block_losses": [round(sum(block), 3) for block in blocks]}
 
 
+def mean_losses(block_losses: Sequence[float], num_tokens: int) -> Iterator[tuple[int, int, float]]:
+    """Each block's first position, the one behind its last, and its mean loss per token.
+
+    Args:
+        block_losses: As `LossTask.score` gives them.
+        num_tokens: Of the prompt: its last block may be a part of one.
+
+    """
+    for begin, total in zip(range(0, num_tokens, BLOCK), block_losses, strict=True):
+        end = min(begin + BLOCK, num_tokens)
+        yield begin, end, total / (end - max(begin, 1))
+
+
 def standard_library_texts() -> dict[str, str]:
     """The source of the modules in `STANDARD_LIBRARY`.
 

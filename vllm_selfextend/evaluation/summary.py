@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .intervals import Estimate, difference, mean, share
-from .loss import BLOCK
+from .loss import mean_losses
 from .prompts import Row
 
 
@@ -17,17 +17,9 @@ def passkey_share(rows: Iterable[Row], method: str, **cell: Any) -> Estimate | N
 
 def block_losses(rows: Iterable[Row], method: str, begin: int, end: int) -> list[float]:
     """Mean losses per token of every block that lies from position `begin` to `end`, text after text."""
-    losses = []
-    for row in rows:
-        if (row["method"], row["task"]) != (method, "loss"):
-            continue
-        for number, total in enumerate(row["block_losses"]):
-            first = number * BLOCK
-            # Nothing foretells the first token, and the last block may be a part of one.
-            stop = min(first + BLOCK, row["num_tokens"])
-            if begin <= first and stop <= end:
-                losses.append(total / (stop - max(first, 1)))
-    return losses
+    scored = (row for row in rows if (row["method"], row["task"]) == (method, "loss"))
+    blocks = (block for row in scored for block in mean_losses(row["block_losses"], row["num_tokens"]))
+    return [loss for first, stop, loss in blocks if begin <= first and stop <= end]
 
 
 def column(rows: Iterable[Row], key: str) -> list[Any]:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ..positions import smallest_group_size
 from .engine import ask
-from .intervals import Estimate, difference
-from .loss import BLOCK
+from .intervals import LEVEL, Estimate, difference
+from .loss import BLOCK, mean_losses
 from .prompts import Prompt, Row, Task
 from .records import write_json
 
@@ -69,8 +69,12 @@ class Search:
         return min(self.costs, key=order)
 
     def auto_above_best(self) -> Estimate:
-        """How much more the automatic choice costs than the best cell, pair by pair."""
-        return difference(self.costs[self.auto], self.costs[self.best])
+        """How much more the automatic choice costs than the best cell, pair by pair.
+
+        The best of many is in part the luckiest, so the interval is one that all cells keep to (Bonferroni).
+        """
+        others = max(1, len(self.costs) - 1)
+        return difference(self.costs[self.auto], self.costs[self.best], level=1 - (1 - LEVEL) / others)
 
     def _next(self) -> Numbers | None:
         tried = self.costs
@@ -80,7 +84,8 @@ class Search:
     def _coarse(self) -> Iterator[Numbers]:
         windows = sorted({*(max(1, round(self.trained_length * share)) for share in WINDOW_SHARES), self.auto[1]})
         for factor, window in product(GROUP_FACTORS, windows):
-            yield from self._reaching(window, factor)
+            if (least := self._least_group_size(window)) is not None:
+                yield round(least * factor), window
 
     def _around(self, numbers: Numbers) -> Iterator[Numbers]:
         group_size, window = numbers
@@ -92,10 +97,6 @@ class Search:
             if least is not None and group >= least:
                 yield group, other
 
-    def _reaching(self, window: int, factor: float) -> Iterator[Numbers]:
-        if (least := self._least_group_size(window)) is not None:
-            yield max(2, round(least * factor)), window
-
     def _least_group_size(self, window: int) -> int | None:
         if not 1 <= window <= self.trained_length:
             return None
@@ -106,21 +107,31 @@ class Search:
 def try_numbers(
     llm: "LLM", numbers: Numbers, task: Task, prompts: Sequence[Prompt], trained_length: int
 ) -> list[float]:
-    """Change a running engine's numbers, put all prompts to it, and say what they cost (see `Search.costs`)."""
+    """Change a running engine's numbers, put all prompts to it, and say what they cost (see `Search.costs`).
+
+    Raises:
+        ValueError: The loss is to be gone by, and no block of a text lies past the trained length.
+
+    """
     llm.collective_rpc("change_numbers", args=numbers)
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not empty its prefix cache, whose keys are stored for the numbers before.")
-    scores: dict[str, Row] = {}
-    ask(llm, task, prompts, lambda prompt, score: scores.__setitem__(prompt.name, score))
-    return [cost for prompt in prompts for cost in _costs(prompt, scores[prompt.name], trained_length)]
+    costs: dict[str, list[float]] = {}
 
+    def keep(prompt: Prompt, score: Row) -> None:
+        if "found" in score:
+            costs[prompt.name] = [0.0 if score["found"] else 1.0]
+        else:
+            blocks = mean_losses(score["block_losses"], len(prompt.token_ids))
+            costs[prompt.name] = [loss for begin, _, loss in blocks if begin >= trained_length]
 
-def _costs(prompt: Prompt, score: Row, trained_length: int) -> list[float]:
-    if "found" in score:
-        return [0.0 if score["found"] else 1.0]
-    ends = (min(begin + BLOCK, len(prompt.token_ids)) for begin in range(0, len(prompt.token_ids), BLOCK))
-    blocks = zip(range(0, len(prompt.token_ids), BLOCK), ends, score["block_losses"], strict=True)
-    return [total / (end - begin) for begin, end, total in blocks if begin >= trained_length]
+    ask(llm, task, prompts, keep)
+    if not (in_order := [cost for prompt in prompts for cost in costs[prompt.name]]):
+        raise ValueError(
+            f"No {BLOCK} tokens of a text lie past the trained length {trained_length}: ask for a longer "
+            "--max-model-len, or go by --task passkey."
+        )
+    return in_order
 
 
 def write_search(search: Search, is_loss: bool, folder: Path) -> list[Path]:

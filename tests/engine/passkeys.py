@@ -1,0 +1,31 @@
+"""Passkey prompts for the demo's model."""
+
+import functools
+import random
+from typing import NamedTuple
+
+from transformers import AutoTokenizer
+
+from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.evaluation.passkey import COMPLETED, make_text
+
+SENTENCE = 6
+"""Tokens: a text is shorter than asked for by less."""
+
+
+class Passkey(NamedTuple):
+    """A text, and the five tokens that should follow."""
+
+    text: str
+    answer: str
+
+
+def make_prompt(num_tokens: int, depth: float, rng: random.Random) -> Passkey:
+    """A prompt of at most `num_tokens` tokens."""
+    text, key = make_text(num_tokens, 1, depth, COMPLETED, rng, lambda text: _tokenizer()(text)["input_ids"])
+    return Passkey(text, " ".join(key))
+
+
+@functools.cache
+def _tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL_DIR)
