@@ -80,11 +80,11 @@ def test_noise_is_not_called_a_difference() -> None:
     assert "no difference that these prompts can show" in said
     one.costs = {one.auto: [2.0, 3.0, 4.0] * 5, (30, 64): [1.0, 2.0, 3.1] * 5}
     assert "no difference" not in distance_from_auto(one)
-    alone = one.auto_above_best()
-    one.costs |= {(30 + n, 16): [9.0] * 15 for n in range(1, 20)}
-    assert one.auto_above_best().low < alone.low, "the best of many has to be further away"
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(numbers_table(one, True))
     shown = console.export_text()
     assert "2.033 *" in shown
     assert "3.000 a" in shown
+    alone = one.auto_above_best()
+    one.costs |= {(30 + n, 16): [9.0] * 15 for n in range(1, 20)}
+    assert one.auto_above_best().low < alone.low, "the best of many has to be further away"
