@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ..positions import smallest_group_size
+from ..positions import capacity, smallest_group_size
 from .engine import ask
 from .intervals import LEVEL, Estimate, difference
 from .loss import BLOCK, mean_losses
@@ -77,31 +77,28 @@ class Search:
         return difference(self.costs[self.auto], self.costs[self.best], level=1 - (1 - LEVEL) / others)
 
     def _next(self) -> Numbers | None:
-        tried = self.costs
-        candidates = [self.auto, *self._coarse(), *(self._around(self.best) if tried else ())]
-        return next((numbers for numbers in candidates if numbers not in tried), None)
+        candidates = [self.auto, *self._coarse(), *(self._around(self.best) if self.costs else ())]
+        return next((numbers for numbers in candidates if numbers not in self.costs and self._reaches(*numbers)), None)
 
     def _coarse(self) -> Iterator[Numbers]:
         windows = sorted({*(max(1, round(self.trained_length * share)) for share in WINDOW_SHARES), self.auto[1]})
         for factor, window in product(GROUP_FACTORS, windows):
-            if (least := self._least_group_size(window)) is not None:
+            least = smallest_group_size(self.trained_length, window, self.max_model_len)
+            if least is not None:
                 yield round(least * factor), window
 
     def _around(self, numbers: Numbers) -> Iterator[Numbers]:
         group_size, window = numbers
         smaller = min(group_size - 1, round(group_size / GROUP_STEP))
         larger = max(group_size + 1, round(group_size * GROUP_STEP))
-        windows = [round(window * step) for step in (1 / WINDOW_STEP, 1.0, WINDOW_STEP)]
-        for group, other in product((smaller, group_size, larger), windows):
-            least = self._least_group_size(other)
-            if least is not None and group >= least:
-                yield group, other
+        yield from product(
+            (smaller, group_size, larger), (round(window * s) for s in (1 / WINDOW_STEP, 1, WINDOW_STEP))
+        )
 
-    def _least_group_size(self, window: int) -> int | None:
-        if not 1 <= window <= self.trained_length:
-            return None
-        least = smallest_group_size(self.trained_length, window, self.max_model_len)
-        return None if least is None else max(2, least)
+    def _reaches(self, group_size: int, window: int) -> bool:
+        # Not every group size above one that reaches does: W // G falls in steps.
+        is_allowed = group_size >= 2 and 1 <= window <= self.trained_length
+        return is_allowed and capacity(self.trained_length, group_size, window) >= self.max_model_len
 
 
 def try_numbers(
