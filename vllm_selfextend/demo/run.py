@@ -17,7 +17,7 @@ TASK = PasskeyTask(
 )
 """With 21 depths, 42 prompts per length and number of keys."""
 
-ENGINE_ARGS = {"dtype": "float32", "max_num_batched_tokens": 2048}
+ENGINE_ARGS = {"dtype": "float32"}
 
 
 def comparison() -> "Comparison":

@@ -46,6 +46,8 @@ def running(
 
     report = checkpoint.report
     arguments: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": True, "use_tqdm_on_load": False}
+    # The loss takes the logits of all tokens of a step, memory that vLLM does not reckon with.
+    arguments["max_num_batched_tokens"] = 2048
     if current_platform.is_cpu():
         # vLLM keeps a core free for its other processes, which have nothing to do here: half of a machine of two.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
