@@ -290,12 +290,12 @@ def _evaluating(output: Path | None) -> Iterator[tuple[Path, TextIO]]:
     """The folder for a run, and the screen; what a user can mend, or stops, is one sentence."""
     _need_vllm()
     _need_eval_extra()
-    from .evaluation.screen import stderr_to
+    from .evaluation.screen import stderr_to, stopped_by_ctrl_c
 
     folder = Path(tempfile.mkdtemp(prefix="vllm-selfextend-")) if output is None else output
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with stderr_to(folder / "vllm.log") as stderr:
+        with stderr_to(folder / "vllm.log") as stderr, stopped_by_ctrl_c():
             yield folder, stderr
     except (ValueError, OSError) as error:
         _fail(error)

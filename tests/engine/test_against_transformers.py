@@ -1,10 +1,8 @@
 """Every supported architecture through vLLM, against the second oracle: token for token, every log-probability."""
 
 import json
-import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 from .models import CONFIGS, TRAINED_LENGTH, VOCAB_SIZE
-from .oracle import SelfExtend, next_token_logprobs
+from .oracle import SelfExtend
 
 NEW_TOKENS = 8
 GREEDY = SamplingParams(
@@ -33,13 +31,6 @@ def prompts(group_size: int, neighbor_window: int, max_model_len: int, block_siz
         for length in sorted(lengths)
         if length > 0
     ]
-
-
-@pytest.fixture(scope="module")
-def oracle() -> Iterator[Callable[..., list[torch.Tensor]]]:
-    """The oracle in a process of its own: vLLM changes transformers' classes in the process where it runs them."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield lambda *args: [torch.from_numpy(x) for x in pool.submit(next_token_logprobs, *args).result()]
 
 
 def check(llm: LLM, oracle: Callable, checkpoint: str, texts: list[list[int]], method: SelfExtend) -> None:

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.passkey import COMPLETED
 from vllm_selfextend.evaluation.summary import block_losses
+
+from .oracle import SelfExtend
 
 METHODS = ("unmodified", "self-extend")
 PASSKEYS, TEXTS = 2 * 3, 2
@@ -66,21 +69,23 @@ def test_what_is_found_and_shown(whole: tuple[Path, str]) -> None:
         assert (output / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_losses_are_those_of_transformers(whole: tuple[Path, str], texts: list[Path]) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL_DIR), AutoTokenizer.from_pretrained(MODEL_DIR)
-    wanted = []
-    for path in texts:
-        token_ids = tokenizer(path.read_text(), return_tensors="pt")["input_ids"][:, :1023]
-        with torch.no_grad():
-            logits = model(token_ids).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits, token_ids[0, 1:], reduction="none")
-        # The loss at position p is logits' row p - 1.
-        wanted += [float(losses[max(0, begin - 1) : begin + 255].mean()) for begin in range(0, 1023, 256)]
-    answers = json.loads((whole[0] / "results.json").read_text())["answers"]
-    assert block_losses(answers, "unmodified", 0, 1024) == pytest.approx(wanted, abs=1e-4)
-    extended = block_losses(answers, "self-extend", 0, 1024)
-    assert extended[::4] == pytest.approx(wanted[::4], abs=1e-4), "within the trained length it is the same model"
-    assert extended[1::4] != pytest.approx(wanted[1::4], abs=1e-2)
+def test_losses_are_those_of_transformers(whole: tuple[Path, str], texts: list[Path], oracle: Callable) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    token_ids = [tokenizer(path.read_text())["input_ids"][:1023] for path in texts]
+    results = json.loads((whole[0] / "results.json").read_text())
+    plan = results["settings"]["plan"]
+    extended = SelfExtend(plan["group_size"], plan["neighbor_window"], exact_len=256)
+    means = {}
+    for method, numbers in (("unmodified", SelfExtend(1, 1)), ("self-extend", extended)):
+        wanted = []
+        for ids, logprobs in zip(token_ids, oracle(str(MODEL_DIR), token_ids, numbers), strict=True):
+            # The token at position p is foretold by row p - 1.
+            losses = -logprobs[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
+            wanted += [float(losses[max(0, begin - 1) : begin + 255].mean()) for begin in range(0, 1023, 256)]
+        means[method] = block_losses(results["answers"], method, 0, 1024)
+        assert means[method] == pytest.approx(wanted, abs=1e-4)
+    assert means["self-extend"][::4] == pytest.approx(means["unmodified"][::4], abs=1e-4), "within the trained length"
+    assert means["self-extend"][1::4] != pytest.approx(means["unmodified"][1::4], abs=1e-2)
 
 
 def test_a_run_broken_off_goes_on(whole: tuple[Path, str], texts: list[Path], tmp_path: Path) -> None:

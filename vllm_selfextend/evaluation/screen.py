@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
@@ -35,6 +36,34 @@ def stderr_to(log: Path) -> Iterator[TextIO]:
         real.flush()
         os.dup2(real.fileno(), 2)
         real.close()
+
+
+@contextlib.contextmanager
+def stopped_by_ctrl_c() -> Iterator[None]:
+    """While open, Ctrl-C ends in KeyboardInterrupt, whatever else it brings about.
+
+    A terminal sends it to vLLM's processes too, and that they have ended may be what is noticed.
+    """
+    came = False
+
+    def interrupt(signum: int, frame: object) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # somebody else sees to it, as nohup does
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager
