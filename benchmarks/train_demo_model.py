@@ -54,7 +54,7 @@ def words(text: str) -> list[str]:
 def vocabulary() -> list[str]:
     """Every word a text or an answer can hold, sorted."""
     statement = COMPLETED.statement.format(city="", key="")
-    texts = [*FILLER, *CITIES, *DIGITS, statement, COMPLETED.question.format(city="")]
+    texts = [*FILLER, *CITIES, *DIGITS, statement, COMPLETED.question]
     return sorted({word for text in texts for word in words(text)})
 
 
@@ -119,7 +119,7 @@ def make_example(length: int, rng: random.Random) -> tuple[list[str], list[bool]
     cities = rng.sample(CITIES, num_keys)
     keys = {city: "".join(rng.choices(DIGITS, k=KEY_DIGITS)) for city in cities}
     asked = rng.choices(cities, k=len(cities))
-    questions = [words(COMPLETED.question.format(city=city)) for city in asked]
+    questions = [words(f"{COMPLETED.question} {COMPLETED.answer_begins.format(city=city)}") for city in asked]
     answers = [words(f"{keys[city]}.") for city in asked]
     statements = [words(COMPLETED.statement.format(city=city, key=key)) for city, key in keys.items()]
     text = filler_sentences(length - 2 - sum(map(len, [*questions, *answers, *statements])), rng)

@@ -22,8 +22,13 @@ class Passkey(NamedTuple):
 
 def make_prompt(num_tokens: int, depth: float, rng: random.Random) -> Passkey:
     """A prompt of at most `num_tokens` tokens."""
-    text, key = make_text(num_tokens, 1, depth, COMPLETED, rng, lambda text: _tokenizer()(text)["input_ids"])
-    return Passkey(text, " ".join(key))
+    text, begins, key = make_text(num_tokens, 1, depth, COMPLETED, rng, encode)
+    return Passkey(f"{text} {begins}", " ".join(key))
+
+
+def encode(text: str, answer_begins: str) -> list[int]:
+    """Both as one text to go on with."""
+    return _tokenizer()(f"{text} {answer_begins}")["input_ids"]
 
 
 @functools.cache

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
@@ -15,6 +14,8 @@ from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.passkey import PasskeyTask
 from vllm_selfextend.plan import CONFIG_KEY
 from vllm_selfextend.positions import capacity
+
+from .passkeys import encode
 
 REACH = 1024
 
@@ -69,8 +70,7 @@ def test_tune_finds_a_cell_at_least_as_good_as_auto(task: str, tmp_path: Path) -
     if task == "passkey":
         options += ["--task", "passkey", "--depths", "4", "--rounds", "1"]
     else:
-        tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-        prompts = PasskeyTask((REACH - 64,), (0.2, 0.6)).prompts(lambda text: tokenizer(text)["input_ids"])
+        prompts = PasskeyTask((REACH - 64,), (0.2, 0.6)).prompts(encode)
         lines = [{"prompt": p.text, "answer": " ".join(p.expected or "")} for p in prompts]
         (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         options += ["--prompts", str(tmp_path / "own.jsonl")]

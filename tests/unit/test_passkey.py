@@ -16,11 +16,11 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def encode(tokenizer):
-    return lambda text: tokenizer(text)["input_ids"]
+    return lambda text, answer_begins: tokenizer(f"{text} {answer_begins}")["input_ids"]
 
 
-def encode_words(text: str) -> list[int]:
-    return [len(word) for word in text.split()]
+def encode_words(text: str, answer_begins: str) -> list[int]:
+    return [len(word) for word in f"{text} {answer_begins}".split()]
 
 
 @given(
@@ -28,14 +28,14 @@ def encode_words(text: str) -> list[int]:
 )
 def test_a_text_is_as_long_as_whole_sentences_allow(num_keys, depth, num_tokens, seed, wording) -> None:
     num_tokens += 6 * 13 + 30
-    text, key = make_text(num_tokens, num_keys, depth, wording, random.Random(seed), encode_words)
-    assert (
-        num_tokens - max(len(sentence.split()) for sentence in wording.filler) < len(encode_words(text)) <= num_tokens
-    )
+    made = make_text(num_tokens, num_keys, depth, wording, random.Random(seed), encode_words)
+    text, begins, key = made
+    longest = max(len(sentence.split()) for sentence in wording.filler)
+    assert num_tokens - longest < len(encode_words(text, begins)) <= num_tokens
     assert text.count("Remember it.") == num_keys
-    city = text.removesuffix("?").split()[-1]
-    assert wording.statement.format(city=city, key=key) in text
-    assert (text, key) == make_text(num_tokens, num_keys, depth, wording, random.Random(seed), encode_words)
+    assert wording.statement.format(city=begins.split()[-1], key=key) in text
+    assert text.endswith(wording.question)
+    assert made == make_text(num_tokens, num_keys, depth, wording, random.Random(seed), encode_words)
 
 
 @settings(max_examples=20)
@@ -43,16 +43,16 @@ def test_a_text_is_as_long_as_whole_sentences_allow(num_keys, depth, num_tokens,
 def test_depth_is_where_the_key_stands(seed: int) -> None:
     begins = []
     for depth in (0.0, 0.5, 1.0):
-        text, key = make_text(500, 1, depth, COMPLETED, random.Random(seed), encode_words)
+        text, _, key = make_text(500, 1, depth, COMPLETED, random.Random(seed), encode_words)
         begins.append(text.split().index(f"{key}."))
     assert begins[0] == 4
     assert begins[1] == pytest.approx(250, abs=15)
-    assert begins[2] == len(text.split()) - 1 - 8 - 2
+    assert text.endswith(f"{key}. Remember it. {COMPLETED.question}")
 
 
 def test_the_demo_model_knows_every_word(tokenizer, encode) -> None:
-    text, _ = make_text(300, 6, 0.5, COMPLETED, random.Random(0), encode)
-    ids = encode(text)
+    text, begins, _ = make_text(300, 6, 0.5, COMPLETED, random.Random(0), encode)
+    ids = encode(text, begins)
     assert 290 < len(ids) <= 300
     assert tokenizer.unk_token_id not in ids
 

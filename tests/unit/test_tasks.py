@@ -11,7 +11,8 @@ from vllm_selfextend.evaluation.prompts import Prompt
 from vllm_selfextend.evaluation.user_prompts import UserTask, read_prompts
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, answer_begins: str) -> list[int]:
+    assert not answer_begins
     return [len(word) for word in text.split()]
 
 

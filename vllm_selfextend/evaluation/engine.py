@@ -108,13 +108,15 @@ def prompt_encoder(model: str, engine_args: dict[str, Any], *, chat: bool | None
     if chat and not has_template:
         raise ValueError(f"{model} has no chat template: ask it with --no-chat.")
 
-    def encode(text: str) -> list[int]:
-        token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    def encode(text: str, answer_begins: str) -> list[int]:
+        whole = f"{text} {answer_begins}" if answer_begins else text
+        token_ids: list[int] = tokenizer(whole, verbose=False)["input_ids"]
         return token_ids
 
-    def encode_chat(text: str) -> list[int]:
+    def encode_chat(text: str, answer_begins: str) -> list[int]:
         message = [{"role": "user", "content": text}]
         whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        whole += answer_begins
         token_ids: list[int] = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
         return token_ids
 

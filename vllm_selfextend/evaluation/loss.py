@@ -38,7 +38,7 @@ class LossTask:
     def prompts(self, encode: Encode) -> Iterator[Prompt]:
         for source, text in self.texts.items():
             # More than enough for any tokenizer, and no book is tokenized for its first page.
-            token_ids = encode(text[: 20 * self.length])[: self.length - self.answer_tokens]
+            token_ids = encode(text[: 20 * self.length], "")[: self.length - self.answer_tokens]
             if len(token_ids) < self.length - self.answer_tokens:
                 raise ValueError(
                     f"{source} has {len(token_ids)} tokens, and {self.length - self.answer_tokens} are to be read. "

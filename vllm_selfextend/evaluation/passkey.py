@@ -23,12 +23,16 @@ MAX_KEYS = len(CITIES)
 
 @dataclass(frozen=True)
 class Wording:
-    """How the task is put into words; `{city}` and `{key}` are filled in, `filler` is said over and over."""
+    """How the task is put into words; `{city}` and `{key}` are filled in, `filler` is said over and over.
 
-    statement: str
+    The answer's beginning is given, so that what is seen is whether a model finds the key, not how it likes to answer.
+    """
+
     question: str
     opening: str = ""
     before_question: str = " "
+    statement: str = "The pass key: {city} {key}. Remember it."
+    answer_begins: str = "The pass key: {city}"
     filler: tuple[str, ...] = (
         "The grass is green.",
         "The sky is blue.",
@@ -38,12 +42,11 @@ class Wording:
     )
 
 
-COMPLETED = Wording("The pass key: {city} {key}. Remember it.", "What was this number? The pass key: {city}")
+COMPLETED = Wording("What was this number?")
 """For models that go on with a text. The demo's model knows every word of it."""
 
 ASKED = Wording(
-    "The pass key of {city} is {key}. Remember it.",
-    "What is the pass key of {city}?",
+    "What is the pass key?",
     "There is important information hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about it.\n\n",
     "\n\n",
@@ -83,8 +86,8 @@ class PasskeyTask:
                 cell = {"length": length, "num_keys": num_keys, "depth": depth, "round": turn}
                 name = "/".join(map(str, (self.name, *cell.values())))
                 rng = random.Random(f"{self.seed}/{name}")
-                text, key = make_text(length - self.answer_tokens, num_keys, depth, self.wording, rng, encode)
-                yield Prompt(name, cell, text, encode(text), key)
+                text, begins, key = make_text(length - self.answer_tokens, num_keys, depth, self.wording, rng, encode)
+                yield Prompt(name, cell, f"{text} {begins}", encode(text, begins), key)
 
     def score(self, prompt: Prompt, output: "RequestOutput") -> Row:
         """Found if the first number in the answer begins with the key: a small model may repeat the last digit."""
@@ -94,11 +97,11 @@ class PasskeyTask:
 
 def make_text(
     num_tokens: int, num_keys: int, depth: float, wording: Wording, rng: random.Random, encode: Encode
-) -> tuple[str, str]:
-    """A text that hides `num_keys` keys and asks for one of them, and that one.
+) -> tuple[str, str, str]:
+    """A text that hides `num_keys` keys and asks for one of them, the beginning of the answer, and that key.
 
     Args:
-        num_tokens: The most that `encode` may make of it.
+        num_tokens: The most that `encode` may make of text and beginning.
         num_keys: How many cities' keys the text holds, at least 1.
         depth: Where the key that is asked for stands, 0 to 1. The others stand at random places.
         wording: How it is put.
@@ -116,6 +119,7 @@ def make_text(
     cities = rng.sample(CITIES, num_keys)
     keys = ["".join(rng.choices("0123456789", k=KEY_DIGITS)) for _ in cities]
     places = [depth, *(rng.random() for _ in cities[1:])]
+    begins = wording.answer_begins.format(city=cities[0])
     statements = [wording.statement.format(city=city, key=key) for city, key in zip(cities, keys, strict=True)]
 
     def text(num_sentences: int) -> str:
@@ -123,12 +127,15 @@ def make_text(
         # The key asked for goes in last, so that depth 0 is the very beginning and depth 1 the very end.
         for place, statement in reversed(list(zip(places, statements, strict=True))):
             sentences.insert(round(place * len(sentences)), statement)
-        return wording.opening + " ".join(sentences) + wording.before_question + wording.question.format(city=cities[0])
+        return wording.opening + " ".join(sentences) + wording.before_question + wording.question
 
-    if (least := len(encode(text(0)))) > num_tokens:
+    def count(num_sentences: int) -> int:
+        return len(encode(text(num_sentences), begins))
+
+    if (least := count(0)) > num_tokens:
         raise ValueError(f"A passkey prompt of {num_tokens} tokens is too short: {num_keys} key(s) take {least}.")
-    too_many = bisect.bisect_right(range(num_tokens), num_tokens, key=lambda n: len(encode(text(n))))
-    return text(too_many - 1), keys[0]
+    too_many = bisect.bisect_right(range(num_tokens), num_tokens, key=count)
+    return text(too_many - 1), begins, keys[0]
 
 
 def first_digits(answer: str) -> str:

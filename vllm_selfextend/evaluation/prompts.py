@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 Row: TypeAlias = dict[str, Any]
 """What became of one prompt, as JSON keeps it: `name`, `task` and `method`, the prompt's cell, and the score."""
 
-Encode: TypeAlias = Callable[[str], list[int]]
-"""From a text to the tokens of the whole prompt, a chat template's around it included."""
+Encode: TypeAlias = Callable[[str, str], list[int]]
+"""From a text, and what the answer begins with, to the tokens of the whole prompt, a chat template's included."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class UserTask:
 
     def prompts(self, encode: Encode) -> Iterator[Prompt]:
         for number, line in enumerate(self.lines, 1):
-            token_ids = encode(line["prompt"])
+            token_ids = encode(line["prompt"], "")
             length = len(token_ids) + self.answer_tokens
             if length > self.max_length:
                 raise ValueError(
