@@ -23,7 +23,7 @@ def test_only_what_reaches_is_tried_and_once(length: int, times: int, seed: int)
 
     def costs_of(numbers: Numbers) -> list[float]:
         tried.append(numbers)
-        return [hash((numbers, seed, i)) % 100 / 10 for i in range(3)]
+        return [float(hash((numbers, seed, i)) % 100) for i in range(3)]
 
     one = search(length, length * times)
     one.run(costs_of, 60.0)
