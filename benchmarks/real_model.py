@@ -41,9 +41,9 @@ def main(
 def evaluate(model: Path, output: Path, options: list[str]) -> None:
     """Run `vllm-selfextend evaluate`, which goes on where it was broken off."""
     script = "from vllm_selfextend.cli import main; main()"
-    subprocess.run(
-        [sys.executable, "-c", script, "evaluate", str(model), "--output", str(output), *options], check=True
-    )
+    command = [sys.executable, "-c", script, "evaluate", str(model), "--output", str(output), *options]
+    if failed := subprocess.run(command).returncode:
+        raise typer.Exit(failed)
 
 
 def fetch(model: Path) -> None:
