@@ -92,8 +92,7 @@ def plan(
     _need_vllm()
     from .planning import plan_report
 
-    chosen = {"group_size": group_size, "neighbor_window": neighbor_window, "trained_length": trained_length}
-    settings = {name: value for name, value in chosen.items() if value is not None}
+    settings = _settings(group_size, neighbor_window, trained_length)
     try:
         report = plan_report(model, max_model_len, settings)
     except (ValueError, OSError) as error:
@@ -321,7 +320,11 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _settings(
-    group_size: int | None, neighbor_window: int | None, trained_length: int | None, exact_short: bool, log_scale: bool
+    group_size: int | None,
+    neighbor_window: int | None,
+    trained_length: int | None,
+    exact_short: bool = True,
+    log_scale: bool = False,
 ) -> dict[str, Any]:
     """What differs from the defaults, as in `additional_config["self_extend"]`."""
     chosen = {"group_size": group_size, "neighbor_window": neighbor_window, "trained_length": trained_length}

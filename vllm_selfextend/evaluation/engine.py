@@ -19,8 +19,10 @@ OWN_ARGUMENTS = (
     "additional_config",
     "hf_overrides",
     "worker_cls",
+    "kv_transfer_config",
 )
-"""Arguments of vLLM's that the methods and the other options decide."""
+"""Arguments of vLLM's that the methods and the other options decide. A KV connector would hand on keys, which are
+another method's or other numbers', without a word."""
 
 
 @contextlib.contextmanager

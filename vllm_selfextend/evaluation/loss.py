@@ -20,7 +20,7 @@ STANDARD_LIBRARY = ("_pydecimal", "turtle")
 
 @dataclass(frozen=True)
 class LossTask:
-    """Every text, cut to every length.
+    """Every text, cut to one length.
 
     Attributes:
         texts: By name.
