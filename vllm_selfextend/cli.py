@@ -234,7 +234,7 @@ def tune(
     with _evaluating(output) as (folder, stderr):
         from .evaluation.engine import prompt_encoder, running
         from .evaluation.methods import read_checkpoint
-        from .evaluation.screen import trying
+        from .evaluation.screen import CtrlC, trying
         from .evaluation.tables import distance_from_auto, numbers_table
         from .evaluation.tuning import Search, try_numbers, write_search
         from .evaluation.user_prompts import UserTask, read_prompts
@@ -262,7 +262,7 @@ def tune(
 
             try:
                 search.run(costs_of, 60 * budget)
-            except KeyboardInterrupt:
+            except CtrlC:
                 if not search.costs:
                     raise
         written = write_search(search, asked.scores_prompt, folder)

@@ -1,5 +1,6 @@
 """`evaluate` on the demo's model, as a user runs it: whole, and broken off and started again."""
 
+import contextlib
 import json
 import os
 import signal
@@ -88,20 +89,37 @@ def test_losses_are_those_of_transformers(whole: tuple[Path, str], texts: list[P
     assert means["self-extend"][1::4] != pytest.approx(means["unmodified"][1::4], abs=1e-2)
 
 
-def test_a_run_broken_off_goes_on(whole: tuple[Path, str], texts: list[Path], tmp_path: Path) -> None:
+def broken_off(texts: list[Path], output: Path, when: Callable[[], bool]) -> str:
+    """Start the command, press Ctrl-C when asked to, and see it end; what it said, in one line."""
     # Ctrl-C reaches every process of a terminal's job.
     run = subprocess.Popen(
-        command(texts, tmp_path), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command(texts, output), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
     )  # fmt: skip
-    answers = tmp_path / "answers.jsonl"
-    while run.poll() is None and not (answers.exists() and answers.read_text().count("\n") >= 2):
-        time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGINT)
-    _, said = run.communicate()
+    try:
+        while run.poll() is None and not when():
+            time.sleep(0.02)
+        os.killpg(run.pid, signal.SIGINT)
+        _, said = run.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 130, said
-    assert "Stopped. What was answered is in" in " ".join(said.split())
     assert "Traceback" not in said
+    return " ".join(said.split())
+
+
+def test_ctrl_c_while_an_engine_starts(texts: list[Path], tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    said = broken_off(texts, tmp_path, lambda: log.exists() and "Initializing a V1 LLM engine" in log.read_text())
+    assert said.endswith("Stopped.")
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_run_broken_off_goes_on(whole: tuple[Path, str], texts: list[Path], tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    said = broken_off(texts, tmp_path, lambda: answers.exists() and answers.read_text().count("\n") >= 2)
+    assert "Stopped. What was answered is in" in said
     first = answers.read_text().splitlines()
     assert 2 <= len(first) < len(METHODS) * (PASSKEYS + TEXTS)
 

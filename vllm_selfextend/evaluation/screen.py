@@ -38,9 +38,13 @@ def stderr_to(log: Path) -> Iterator[TextIO]:
         real.close()
 
 
+class CtrlC(BaseException):
+    """Ctrl-C came. No KeyboardInterrupt: while an engine starts, vLLM swallows that (`zmq_socket_ctx`) and waits on."""
+
+
 @contextlib.contextmanager
 def stopped_by_ctrl_c() -> Iterator[None]:
-    """While open, Ctrl-C ends in KeyboardInterrupt, whatever else it brings about.
+    """While open, Ctrl-C raises `CtrlC` and, if that is not caught, ends in KeyboardInterrupt, whatever else it brings.
 
     A terminal sends it to vLLM's processes too, and that they have ended may be what is noticed.
     """
@@ -49,7 +53,7 @@ def stopped_by_ctrl_c() -> Iterator[None]:
     def interrupt(signum: int, frame: object) -> None:
         nonlocal came
         came = True
-        raise KeyboardInterrupt
+        raise CtrlC
 
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.default_int_handler:  # somebody else sees to it, as nohup does
@@ -58,7 +62,7 @@ def stopped_by_ctrl_c() -> Iterator[None]:
     signal.signal(signal.SIGINT, interrupt)
     try:
         yield
-    except Exception as error:
+    except (Exception, CtrlC) as error:
         if came:
             raise KeyboardInterrupt from error
         raise
