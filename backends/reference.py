@@ -90,8 +90,8 @@ def attention(
         key, value, key_pos = _gather(kv_cache, batch, params, group, seq_lens[group[0]] - 1, longest, dtype)
         tokens = batch.query_start_loc[group].long()[:, None]
         query_pos = batch.positions[tokens]
-        # Slots behind a request's last token may hold anything, and 0 * nan is nan.
-        value = value.masked_fill((key_pos > query_pos)[:, None, :, None], 0.0)
+        # Slots that a request does not see may hold anything, and 0 * nan is nan.
+        value = value.masked_fill(_is_hidden(query_pos, key_pos, params).mT[:, None], 0.0)
         out[tokens] = _attend(query[tokens].to(dtype), key, value, query_pos, key_pos, params).to(out.dtype)
 
 
@@ -111,18 +111,19 @@ def _gather(
 
     """
     block_size = kv_cache.shape[2]
-    begin = max(0, first + 1 - params.sliding_window) // block_size if params.sliding_window else 0
-    blocks = batch.block_table[requests, begin : -(-last // block_size)].long()
+    begin = max(0, first + 1 - params.sliding_window) if params.sliding_window else 0
+    first_block = begin // block_size
+    blocks = batch.block_table[requests, first_block : -(-last // block_size)].long()
     # [requests, blocks, kv heads, block_size, 2 * head_size] -> [requests, kv heads, keys, 2 * head_size]
     if kv_cache.element_size() == 1:
         kv = kv_cache.view(torch.uint8)[blocks].view(torch.float8_e4m3fn)
     else:
         kv = kv_cache[blocks]
-    kv = kv.transpose(1, 2).flatten(2, 3)[:, :, : last - begin * block_size].to(dtype)
+    kv = kv.transpose(1, 2).flatten(2, 3)[:, :, begin - first_block * block_size :][:, :, : last - begin].to(dtype)
     key, value = kv.chunk(2, dim=-1)
     if kv_cache.element_size() == 1:
         key, value = key * params.k_scale, value * params.v_scale
-    return key, value, torch.arange(begin * block_size, last, device=kv_cache.device)
+    return key, value, torch.arange(begin, last, device=kv_cache.device)
 
 
 def _attend(
@@ -160,11 +161,7 @@ def _attend(
         scores = params.soft_cap * torch.tanh(scores / params.soft_cap)
     # Without a sliding window, everything up to the first query's position is seen by all of them.
     column = 0 if params.sliding_window else max(0, int(query_pos.min()) + 1 - int(key_pos[0]))
-    distance = query_pos[:, :, None] - key_pos[column:]
-    hidden = distance < 0
-    if params.sliding_window:
-        hidden |= distance >= params.sliding_window
-    scores[..., column:].masked_fill_(hidden[:, None], float("-inf"))
+    scores[..., column:].masked_fill_(_is_hidden(query_pos, key_pos[column:], params)[:, None], float("-inf"))
     if params.sinks is not None:
         sinks = params.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
@@ -173,6 +170,15 @@ def _attend(
     weights = weights.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).flatten(2, 3)
     answer: torch.Tensor = (weights @ value).unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
     return answer
+
+
+def _is_hidden(query_pos: torch.Tensor, key_pos: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+    """Whether queries `[requests, rows]` do not see keys `[keys]`: `[requests, rows, keys]`."""
+    distance = query_pos[:, :, None] - key_pos
+    hidden = distance < 0
+    if params.sliding_window:
+        hidden |= distance >= params.sliding_window
+    return hidden
 
 
 def _self_extend_scores(

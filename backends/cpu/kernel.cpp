@@ -251,7 +251,9 @@ class ItemAttention {
       const int last_row = layer_.sliding_window > 0 ? row_of(end - 1 + layer_.sliding_window) : rows_;
       if (first_row >= last_row) continue;
       for (int row = first_row; row < last_row; ++row) weigh(row, tile, end);
-      for (int dim = 0; dim < size_; dim += kWide) add_values(dim, tile, end, first_row, last_row);
+      // Keys that no row of them sees may hold anything, and 0 * nan is nan.
+      const int seen = layer_.sliding_window > 0 ? max(tile, position_of(first_row) - layer_.sliding_window + 1) : tile;
+      for (int dim = 0; dim < size_; dim += kWide) add_values(dim, tile, seen, end, first_row, last_row);
     }
   }
 
@@ -329,13 +331,14 @@ class ItemAttention {
     for (int i = 0; i < size_; i += kLanes) store(output + i, load(output + i) * decay);
   }
 
-  // Adds to the output's dimensions from `dim` on, at most kWide of them, the tile's weighted values.
-  void add_values(int dim, int begin, int end, int first_row, int last_row) {
+  // Adds to the output's dimensions from `dim` on, at most kWide of them, the weighted values begin .. end - 1 of a
+  // tile.
+  void add_values(int dim, int tile, int begin, int end, int first_row, int last_row) {
     const int panels = min(kWidePanels, (size_ - dim) / kPanel), block_size = layer_.block_size;
     float* output = result_.output + at(first_row, size_) + dim;
     for (int key = begin, next; key < end; key = next) {  // the tile lies in one block or in several
       next = min(end, (key / block_size + 1) * block_size);
-      const float* weights = scratch_.scores + at(first_row, kTile) + (key - begin);
+      const float* weights = scratch_.scores + at(first_row, kTile) + (key - tile);
       const T* values = block(key) + at(block_size, size_) + key % block_size * kPanel;
       const T* stored[kWidePanels];
       float* unpacked[kWidePanels];

@@ -220,6 +220,8 @@ def attention_kernel(
             ):
                 keys = tile + tl.arange(0, FAR_N if kind == FAR else NEAR_N)
                 key_mask = keys < end
+                if IS_WINDOWED:  # slots that no row sees may hold anything, and 0 * nan is nan
+                    key_mask &= keys > first_position - SLIDING_WINDOW
                 if kind == FAR and not IS_WINDOWED:
                     block = tl.load(table + keys // BLOCK_SIZE)
                 else:

@@ -120,6 +120,12 @@ class Problem:
             [x.to(dtype).double() for x in values],
         )
 
+    def spoil_unseen(self) -> None:
+        """Make keys and values NaN that are too far back for every query: vLLM may have given their blocks away."""
+        for (query_len, seq_len), key, value in zip(self.case.requests, self.keys, self.values, strict=True):
+            unseen = max(0, seq_len - query_len - self.case.sliding_window + 1)
+            key[:unseen] = value[:unseen] = float("nan")
+
 
 def rotate(case: Case, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     """Rotate `x` `[tokens, heads, head_size]` by `steps` `[tokens]`, as complex numbers."""

@@ -22,6 +22,8 @@ BATCHES = {
     "prefill": ((7, 7), (213, 213), (64, 128), (17, 140)),
     "mixed": ((1, 213), (33, 33), (1, 2), (2, 90), (50, 211), (1, 16)),
 }
+SLID = ((1, 90), (1, 41), (1, 40), (7, 100), (40, 170), (1, 400))
+"""Lengths past a sliding window of 40, on and off the edges of blocks and tiles."""
 VARIANTS = {
     "plain": {},
     "ordinary": {"group_size": 1},
@@ -208,6 +210,18 @@ def test_nan_reaches_the_output() -> None:
         out = run(KERNELS[name], problem, torch.float32)
         assert out[0].isnan().all()
         assert not out[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_slid_out_of_the_window_may_be_anything(dtype: torch.dtype) -> None:
+    problem = Problem.of(Case(SLID, group_size=1, sliding_window=40, has_sinks=True), dtype)
+    wanted = expected(problem)
+    problem.spoil_unseen()
+    for name, kernels in KERNELS.items():
+        got = run(kernels, problem, dtype).double()
+        torch.testing.assert_close(
+            got, wanted, atol=TOLERANCE[dtype], rtol=0.0, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_memory_bound_does_not_change_answers(monkeypatch: pytest.MonkeyPatch) -> None:

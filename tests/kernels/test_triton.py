@@ -13,7 +13,7 @@ from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams
 from vllm_selfextend.backends.triton import launches
 
 from .cases import TOLERANCE, Case, Problem, expected, run
-from .test_kernels import HEADS, VARIANTS, cases, three_tokens
+from .test_kernels import HEADS, SLID, VARIANTS, cases, three_tokens
 
 # The lengths of `test_against_stock.py`, cut to what the interpreter can do.
 BATCHES = {
@@ -182,6 +182,14 @@ def test_any_strides() -> None:
             out.copy_(there)
 
     torch.testing.assert_close(run(Strided(), problem, torch.float32).double(), expected(problem), atol=2e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_what_slid_out_of_the_window_may_be_anything(has_sinks: bool) -> None:
+    problem = Problem.of(Case(SLID, group_size=1, sliding_window=40, has_sinks=has_sinks), torch.float32)
+    wanted = expected(problem)
+    problem.spoil_unseen()
+    torch.testing.assert_close(run(triton, problem, torch.float32).double(), wanted, atol=2e-5, rtol=0.0)
 
 
 def test_nan_reaches_the_output() -> None:
