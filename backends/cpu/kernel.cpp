@@ -331,8 +331,7 @@ class ItemAttention {
     for (int i = 0; i < size_; i += kLanes) store(output + i, load(output + i) * decay);
   }
 
-  // Adds to the output's dimensions from `dim` on, at most kWide of them, the weighted values begin .. end - 1 of a
-  // tile.
+  // Adds to the output's dimensions from `dim` on, at most kWide of them, the weighted values of begin .. end - 1.
   void add_values(int dim, int tile, int begin, int end, int first_row, int last_row) {
     const int panels = min(kWidePanels, (size_ - dim) / kPanel), block_size = layer_.block_size;
     float* output = result_.output + at(first_row, size_) + dim;
