@@ -100,6 +100,8 @@ def attention_launches(
         ValueError: `batch.workspace` is too small.
 
     """
+    if batch.max_query_len == 0:  # padding only: this rank has no requests, others have
+        return
     num_tokens, num_heads, head_size = query.shape
     num_kv_heads, num_reqs = kv_cache.shape[1], batch.seq_lens.shape[0]
     heads = num_heads // num_kv_heads

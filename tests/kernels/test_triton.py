@@ -158,6 +158,25 @@ def test_a_captured_step_replayed(batch: str) -> None:
     torch.testing.assert_close(got[:num_tokens], wanted, atol=2e-6, rtol=0.0)
 
 
+def test_a_step_of_padding_only() -> None:
+    """What vLLM hands to a microbatch without requests: padding tokens, and requests of no tokens."""
+    batch = AttentionBatch(
+        query_start_loc=torch.zeros(3, dtype=torch.int32),
+        seq_lens=torch.zeros(2, dtype=torch.int32),
+        block_table=torch.zeros(2, 1, dtype=torch.int32),
+        slot_mapping=torch.full([3], -1),
+        max_query_len=0,
+    )
+    case = Case(((1, 1),))
+    key, query = torch.ones(3, case.num_kv_heads, case.head_size), torch.ones(3, case.num_heads, case.head_size)
+    kv_cache = torch.zeros(2, case.num_kv_heads, case.block_size, 2 * case.head_size)
+    out = torch.full_like(query, float("nan"))
+    triton.store_kv(key, key, kv_cache, batch, case.params())
+    triton.attention(query, kv_cache, batch, case.params(), out)
+    assert kv_cache.count_nonzero() == 0
+    assert out.isnan().all()
+
+
 def test_any_strides() -> None:
     case = Case(BATCHES["mixed"], interleaved=True, rotary_dim=20)
     problem = Problem.of(case, torch.float32)
