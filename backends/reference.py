@@ -113,13 +113,14 @@ def _gather(
     block_size = kv_cache.shape[2]
     begin = max(0, first + 1 - params.sliding_window) if params.sliding_window else 0
     first_block = begin // block_size
+    stored_from = first_block * block_size
     blocks = batch.block_table[requests, first_block : -(-last // block_size)].long()
     # [requests, blocks, kv heads, block_size, 2 * head_size] -> [requests, kv heads, keys, 2 * head_size]
     if kv_cache.element_size() == 1:
         kv = kv_cache.view(torch.uint8)[blocks].view(torch.float8_e4m3fn)
     else:
         kv = kv_cache[blocks]
-    kv = kv.transpose(1, 2).flatten(2, 3)[:, :, begin - first_block * block_size :][:, :, : last - begin].to(dtype)
+    kv = kv.transpose(1, 2).flatten(2, 3)[:, :, begin - stored_from : last - stored_from].to(dtype)
     key, value = kv.chunk(2, dim=-1)
     if kv_cache.element_size() == 1:
         key, value = key * params.k_scale, value * params.v_scale

@@ -252,8 +252,8 @@ class ItemAttention {
       if (first_row >= last_row) continue;
       for (int row = first_row; row < last_row; ++row) weigh(row, tile, end);
       // Keys that no row of them sees may hold anything, and 0 * nan is nan.
-      const int seen = layer_.sliding_window > 0 ? max(tile, position_of(first_row) - layer_.sliding_window + 1) : tile;
-      for (int dim = 0; dim < size_; dim += kWide) add_values(dim, tile, seen, end, first_row, last_row);
+      const int begin = max(tile, first_key(first_row));
+      for (int dim = 0; dim < size_; dim += kWide) add_values(dim, tile, begin, end, first_row, last_row);
     }
   }
 
@@ -261,6 +261,11 @@ class ItemAttention {
   static int64_t at(int row, int stride) { return static_cast<int64_t>(row) * stride; }
 
   int position_of(int row) const { return item_.first_position + row / heads_; }
+
+  // The first key that a row sees.
+  int first_key(int row) const {
+    return layer_.sliding_window > 0 ? max(0, position_of(row) - layer_.sliding_window + 1) : 0;
+  }
 
   // The first row at `position` or later.
   int row_of(int position) const { return clamp(position - item_.first_position, 0, item_.num_tokens) * heads_; }
@@ -321,9 +326,7 @@ class ItemAttention {
 
   // A row's softmax over the tile begin .. end - 1; what the row has so far shrinks to the new largest score.
   void weigh(int row, int begin, int end) {
-    const int position = position_of(row);
-    const int first = layer_.sliding_window > 0 ? max(0, position - layer_.sliding_window + 1 - begin) : 0;
-    const int last = min(end, position + 1) - begin;
+    const int first = max(0, first_key(row) - begin), last = min(end, position_of(row) + 1) - begin;
     const float decay = soften(layer_, scratch_.scores + at(row, kTile), first, last, end - begin, result_.largest[row],
                                result_.total[row]);
     if (decay == 1.0f) return;
