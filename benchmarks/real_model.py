@@ -24,7 +24,7 @@ MIDDLE = 16384  # what is asked of the long server, and how much of each text is
 
 def main(
     folder: Annotated[Path, typer.Option(help="Where the checkpoint and the results go.")] = Path("evaluation-results"),
-    depths: Annotated[int, typer.Option(min=1, help="Passkeys per length.")] = 5,
+    depths: Annotated[int, typer.Option(min=1, help="Passkeys per length.")] = 3,
 ) -> None:
     """Fetch SmolLM2-135M-Instruct, and compare the methods on servers of 32,768 and of 65,536 tokens."""
     model = folder / "SmolLM2-135M-Instruct"
