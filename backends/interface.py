@@ -153,16 +153,18 @@ class Kernels(Protocol):
     """The two calls every kernel set offers, and what it says of itself; a module can be one.
 
     The cache has the queries' dtype, or is float8_e4m3fn (as such, or as the uint8 that vLLM makes of it). It is
-    `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block, so what one set
-    stored only the same set can read.
+    `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block.
 
     Attributes:
         IS_CAPTURABLE: Whether a CUDA graph of the calls can be replayed with any other batch: then they follow from
             shapes, and never look at a batch from the host.
+        CACHE_LAYOUT: A name for what lies inside a block, in files too: sets and releases that have the same can read
+            each other's blocks.
 
     """
 
     IS_CAPTURABLE: bool
+    CACHE_LAYOUT: str
 
     def unsupported_device(self, device: torch.device, capability: tuple[int, int] | None) -> str | None:
         """Why the calls cannot run on `device`; None if they can.

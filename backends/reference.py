@@ -15,6 +15,7 @@ MAX_ELEMENTS = 1 << 20
 """How many scores, or gathered cache values, are held at once (a single query's are always)."""
 
 IS_CAPTURABLE = False
+CACHE_LAYOUT = "reference-1"
 """See `interface.Kernels`."""
 
 

@@ -44,7 +44,7 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, 
 
     Raises:
         ValueError: The numbers do not reach the engine's `max_model_len`.
-        RuntimeError: The engine is not eager, or does not extend its model.
+        RuntimeError: The engine is not eager, does not extend its model, or hands on its keys.
 
     """
     plan = read_plan(vllm_config)
@@ -52,6 +52,8 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, 
         raise RuntimeError("The numbers of a running engine can be changed only if it was started with enforce_eager.")
     if plan.group_size == 1:
         raise RuntimeError(f"Self-Extend is off in this engine ({plan.reason}), so it has no numbers to change.")
+    if vllm_config.kv_transfer_config is not None:
+        raise RuntimeError("The numbers of an engine whose keys leave it through a KV connector cannot be changed.")
     config = SelfExtendConfig(group_size, neighbor_window, plan.trained_length, plan.exact_short, plan.log_scale)
     changed = dataclasses.replace(config.plan(plan.trained_length, plan.max_model_len), kernel=plan.kernel)
     write_plan(vllm_config, changed)

@@ -23,7 +23,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from .backends import choose_kernels
 from .config import SelfExtendConfig
-from .plan import CONFIG_KEY, ExtensionPlan, write_plan
+from .kv_connectors import check_connector
+from .plan import CONFIG_KEY, ExtensionPlan, read_plan, write_plan
 from .support import SELF_EXTEND_WORKERS, unsupported_reason
 
 # vLLM's logging is set up for loggers below "vllm".
@@ -98,6 +99,8 @@ def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., 
             vllm_config = original(self, *args, **kwargs)
         plan = config.plan(check.derived_length, vllm_config.model_config.max_model_len)
         apply_plan(vllm_config, plan)
+        if vllm_config.kv_transfer_config is not None:
+            check_connector(vllm_config.kv_transfer_config, config, read_plan(vllm_config))
         return vllm_config
 
     return create_engine_config

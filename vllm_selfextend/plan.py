@@ -75,6 +75,12 @@ def write_plan(vllm_config: "VllmConfig", plan: ExtensionPlan) -> None:
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: dataclasses.asdict(plan)}
 
 
+def has_plan(vllm_config: "VllmConfig") -> bool:
+    """Whether `write_plan` wrote one: whether the engine is Self-Extend's."""
+    written = vllm_config.additional_config.get(CONFIG_KEY) if isinstance(vllm_config.additional_config, dict) else None
+    return isinstance(written, dict) and written.keys() == {field.name for field in dataclasses.fields(ExtensionPlan)}
+
+
 def read_plan(vllm_config: "VllmConfig") -> ExtensionPlan:
     """The plan that `write_plan` wrote, in any process.
 
@@ -82,10 +88,9 @@ def read_plan(vllm_config: "VllmConfig") -> ExtensionPlan:
         RuntimeError: None was written.
 
     """
-    written = vllm_config.additional_config.get(CONFIG_KEY) if isinstance(vllm_config.additional_config, dict) else None
-    if not isinstance(written, dict) or written.keys() != {field.name for field in dataclasses.fields(ExtensionPlan)}:
+    if not has_plan(vllm_config):
         raise RuntimeError(
             "The attention backend CUSTOM is in use, but its plan is not in additional_config: configure the engine "
             "with EngineArgs.create_engine_config (as LLM and vllm serve do) and with this plugin installed."
         )
-    return ExtensionPlan(**written)
+    return ExtensionPlan(**vllm_config.additional_config[CONFIG_KEY])

@@ -18,6 +18,11 @@ _INTERFACE = (
         "_get_and_verify_max_len",
         ("max_model_len", "model_arch_config", "disable_sliding_window", "sliding_window", "spec_target_max_model_len"),
     ),
+    (
+        "vllm.distributed.kv_transfer.kv_connector.factory",
+        "KVConnectorFactory.create_connector",
+        ("config", "role", "kv_cache_config"),
+    ),
     ("vllm.platforms.interface", "Platform.get_attn_backend_cls", ("selected_backend", "attn_selector_config")),
     ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.CUSTOM", ()),
     ("vllm.v1.attention.backend", "AttentionBackend.validate_configuration", ()),
@@ -34,14 +39,17 @@ def register() -> None:
         return
 
     import vllm.config.model
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from .engine_args import configure_self_extend, widen_max_len_check
+    from .kv_connectors import tell_layout
 
     register_backend(AttentionBackendEnum.CUSTOM, "vllm_selfextend.attention.SelfExtendBackend")
     _wrap(EngineArgs, "create_engine_config", configure_self_extend)
     _wrap(vllm.config.model, "_get_and_verify_max_len", widen_max_len_check)
+    _wrap(KVConnectorFactory, "create_connector", tell_layout)
     if current_platform.is_cpu():
         _wrap(type(current_platform), "get_attn_backend_cls", _let_custom_through)
 

@@ -45,6 +45,7 @@ instruction_set = INSTRUCTION_SETS[0]
 _HEAD_SIZE_STEP, _MAX_HEAD_SIZE = torch.ops.vllm_selfextend_cpu.head_sizes()
 
 IS_CAPTURABLE = False
+CACHE_LAYOUT = "cpu-1"
 """See `interface.Kernels`."""
 
 

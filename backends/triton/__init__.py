@@ -18,6 +18,7 @@ from . import launches
 from .tiles import find_device
 
 IS_CAPTURABLE = True
+CACHE_LAYOUT = "triton-1"
 """See `interface.Kernels`."""
 
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret

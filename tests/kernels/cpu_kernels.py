@@ -12,6 +12,7 @@ class CPUKernels:
     """The CPU kernels with the vector code of one instruction set."""
 
     IS_CAPTURABLE = cpu.IS_CAPTURABLE
+    CACHE_LAYOUT = cpu.CACHE_LAYOUT
 
     def __init__(self, instruction_set: str) -> None:
         self.instruction_set = instruction_set

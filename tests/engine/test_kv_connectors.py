@@ -1,0 +1,118 @@
+"""Keys that leave the process: never read by an engine that stores them otherwise, read by one that stores them so."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import compute_nixl_compatibility_hash
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_offload.file_mapper import FileMapper
+
+from vllm_selfextend import kv_connectors
+from vllm_selfextend.kv_connectors import with_layout
+
+from .models import VOCAB_SIZE
+
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, detokenize=False)
+PROMPT = torch.randint(3, VOCAB_SIZE, (200,), generator=torch.Generator().manual_seed(8)).tolist()
+
+
+def extended(group_size: int, **settings: Any) -> dict[str, Any]:
+    numbers = {"group_size": group_size, "neighbor_window": 16, **settings}
+    return {"attention_backend": "CUSTOM", "max_model_len": 256, "additional_config": {"self_extend": numbers}}
+
+
+def through(connector: str, **extra: Any) -> dict[str, Any]:
+    return {"kv_connector": connector, "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+def answer(llm: LLM) -> list[int]:
+    (output,) = llm.generate({"prompt_token_ids": PROMPT}, SAMPLING, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
+def test_files_are_read_by_the_same_layout_only(
+    checkpoint: Callable, start_engine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ExampleConnector keeps a folder by the tokens alone, which any engine takes for its own."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
+
+    found: list[int] = []
+    original = ExampleConnector.get_num_new_matched_tokens
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        found.append(result[0])
+        return result
+
+    monkeypatch.setattr(ExampleConnector, "get_num_new_matched_tokens", counted)
+    model = checkpoint("llama")
+    # The unmodified model reads as far as the others if its config says so: RoPE needs no weights.
+    stock = {"max_model_len": 256, "hf_overrides": {"max_position_embeddings": 256}}
+    engines = {"G 6": extended(6), "G 12": extended(12), "reference": extended(6, kernel="reference"), "stock": stock}
+    expected = {}
+    for name, settings in engines.items():
+        expected[name] = answer(start_engine(model, **settings, enable_prefix_caching=False))
+    assert expected["G 6"] != expected["G 12"] != expected["stock"]
+
+    connector = through("ExampleConnector", shared_storage_path=str(tmp_path))
+
+    def run(name: str) -> int:
+        found.clear()
+        llm = start_engine(model, **engines[name], kv_transfer_config=connector, enable_prefix_caching=False)
+        assert answer(llm) == expected[name]
+        return max(found)
+
+    for name in engines:
+        assert run(name) == 0, f"{name} took what another engine stored"
+    for name in engines:
+        assert run(name) > 0, f"{name} did not find what it stored itself"
+
+
+def configure(checkpoint: Callable, connector: str, **settings: Any) -> Any:
+    args = EngineArgs(checkpoint("llama"), dtype="float32", kv_transfer_config=through(connector), **settings)
+    return args.create_engine_config()
+
+
+def test_what_connectors_go_by(checkpoint: Callable, tmp_path: Path) -> None:
+    """The offloading connector's files and NIXL's handshake. (Neither moves keys of a CPU: vLLM asserts a GPU's.)"""
+
+    def keys(group_size: int) -> tuple[str, str]:
+        told = with_layout(configure(checkpoint, "OffloadingConnector", **extended(group_size)))
+        told.cache_config.block_size = 16
+        spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
+        cache = KVCacheConfig(8, [], [KVCacheGroupSpec(["model.layers.0.self_attn.attn"], spec)])
+        offloading = SimpleNamespace(config=build_offloading_config(told, cache))
+        files = FileMapper.from_offloading_spec(str(tmp_path), offloading)
+        return files.base_path, compute_nixl_compatibility_hash(told, "CUSTOM")
+
+    first, again, other = keys(6), keys(6), keys(12)
+    assert first == again
+    assert first[0] != other[0]
+    assert first[1] != other[1]
+
+
+def test_an_automatic_group_size_is_refused(checkpoint: Callable) -> None:
+    settings = extended(6)
+    settings["additional_config"] = {"self_extend": {"neighbor_window": 16}}
+    with pytest.raises(ValueError, match=r"group_size 'auto' follows from max_model_len.*Set it, to \d+ or"):
+        configure(checkpoint, "OffloadingConnector", **settings)
+    # Within the trained length nothing is grouped.
+    configure(checkpoint, "OffloadingConnector", **{**settings, "max_model_len": 64})
+
+
+def test_a_connector_that_cannot_be_told_is_named(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(kv_connectors.logger, "warning", lambda text, *args: said.append(text % args))
+    configure(checkpoint, "OffloadingConnector", **extended(6))
+    assert said == []
+    configure(checkpoint, "MooncakeConnector", **extended(6))
+    assert "MooncakeConnector" in said[0]
+    assert "self_extend-g6-cpu-1" in said[0]

@@ -1,0 +1,91 @@
+"""Keys that leave a process say how they lie in the cache.
+
+What a slot holds depends on the group size and on how a kernel set lays out a block. vLLM's KV connectors know neither:
+files and stores go by a hash of the tokens and the model's name, and so do the handshakes of peers
+(`vllm/v1/kv_offload/file_mapper.py`, `vllm/distributed/kv_transfer/kv_connector/v1/`). So a connector is given a config
+whose model name says both, and finds nothing of another layout, nor of stock vLLM.
+"""
+
+import copy
+import functools
+from typing import Any
+
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.logger import init_logger
+
+from .backends import load_kernels
+from .config import SelfExtendConfig
+from .plan import CONFIG_KEY, ExtensionPlan, has_plan, read_plan
+
+logger = init_logger("vllm.self_extend")
+
+GOES_BY_MODEL_NAME = (
+    "OffloadingConnector",
+    "SimpleCPUOffloadConnector",
+    "NixlConnector",
+    "NixlPullConnector",
+    "NixlPushConnector",
+    "MooncakeStoreConnector",
+    "LMCacheConnectorV1",
+    "LMCacheMPConnector",
+    "DecodeBenchConnector",
+)
+"""Connectors that keep what they hold apart by the model's name, or give none of it to another process."""
+
+GOES_BY_TOKENS = "ExampleConnector"
+"""It keeps files by their tokens alone, in a folder of the user's: a folder in it keeps the layouts apart."""
+
+
+def check_connector(kv_transfer_config: KVTransferConfig, settings: SelfExtendConfig, plan: ExtensionPlan) -> None:
+    """Refuse a group size that another server need not have, and say which connectors cannot be told about it.
+
+    Raises:
+        ValueError: The group size was chosen automatically.
+
+    """
+    connector = kv_transfer_config.kv_connector
+    if plan.group_size > 1 and settings.group_size == "auto":
+        raise ValueError(
+            f"Keys leave this engine through {connector}, and the group size says how they are stored: "
+            f"{CONFIG_KEY}.group_size 'auto' follows from max_model_len, and would change with it. Set it, to "
+            f"{plan.group_size} or what suits all servers that share these keys: --additional-config "
+            f'\'{{"{CONFIG_KEY}": {{"group_size": {plan.group_size}}}}}\'.'
+        )
+    if connector not in (*GOES_BY_MODEL_NAME, GOES_BY_TOKENS):
+        logger.warning(
+            "Self-Extend cannot tell whether %s keeps keys of other layouts apart. Whatever shares keys with this "
+            "server must have the layout %s too; nothing else, nor stock vLLM, may use the same store or be its peer.",
+            connector,
+            cache_layout(plan),
+        )
+
+
+def cache_layout(plan: ExtensionPlan) -> str:
+    """What has to be equal for one engine to read what another stored."""
+    return f"self_extend-g{plan.group_size}-{load_kernels(plan.kernel).CACHE_LAYOUT}"
+
+
+def tell_layout(original: Any) -> Any:
+    """Wrap `KVConnectorFactory.create_connector`: every connector of an engine of ours learns the layout."""
+
+    @functools.wraps(original.__func__)
+    def create_connector(cls: Any, config: VllmConfig, *args: Any, **kwargs: Any) -> Any:
+        told = with_layout(config) if has_plan(config) else config
+        return original.__get__(None, cls)(told, *args, **kwargs)
+
+    return classmethod(create_connector)
+
+
+def with_layout(vllm_config: VllmConfig) -> VllmConfig:
+    """A copy that differs in the model's name and, for `GOES_BY_TOKENS`, in the folder."""
+    layout = cache_layout(read_plan(vllm_config))
+    told = copy.copy(vllm_config)
+    told.model_config = copy.copy(vllm_config.model_config)
+    # Mooncake takes what is behind the last slash.
+    told.model_config.model = f"{vllm_config.model_config.model.rstrip('/')}+{layout}"
+    told.kv_transfer_config = copy.copy(vllm_config.kv_transfer_config)
+    if told.kv_transfer_config is not None and told.kv_transfer_config.kv_connector == GOES_BY_TOKENS:
+        folder = told.kv_transfer_config.get_from_extra_config("shared_storage_path", "/tmp")
+        extra = told.kv_transfer_config.kv_connector_extra_config
+        told.kv_transfer_config.kv_connector_extra_config = extra | {"shared_storage_path": f"{folder}/{layout}"}
+    return told
