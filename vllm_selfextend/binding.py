@@ -30,10 +30,12 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
     with set_current_vllm_config(vllm_config):
         # A stage of a pipeline may have nothing but layers with sliding windows, and so may a draft.
         is_whole = vllm_config.parallel_config.pipeline_parallel_size == 1
-        bind_model(model_runner.get_model(), vllm_config.model_config, plan, must_extend=is_whole)
-        drafter = getattr(model_runner, "drafter", None) or getattr(model_runner, "speculator", None)
-        if isinstance(draft := getattr(drafter, "model", None), nn.Module):
-            bind_model(draft, vllm_config.speculative_config.draft_model_config, plan, must_extend=False)
+        # Not the weights' device: those may be offloaded.
+        device = model_runner.device
+        bind_model(model_runner.get_model(), vllm_config.model_config, plan, device, must_extend=is_whole)
+        if (draft := model_runner.get_draft_model()) is not None:
+            draft_config = vllm_config.speculative_config.draft_model_config
+            bind_model(draft, draft_config, plan, device, must_extend=False)
 
 
 def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, neighbor_window: int) -> None:
@@ -60,8 +62,10 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, 
     bind_models(model_runner, vllm_config)
 
 
-def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan, *, must_extend: bool) -> None:
-    """Check and lengthen every rotary table of `model`, and give each full-attention layer its rotation.
+def bind_model(
+    model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan, device: torch.device, *, must_extend: bool
+) -> None:
+    """Check and lengthen every rotary table of `model`, and give each full-attention layer its rotation on `device`.
 
     With `must_extend`, a model without such a layer is refused.
     """
@@ -86,7 +90,7 @@ def bind_model(model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan,
                 rotation = transformers_rotation(model, block, config, plan.max_model_len)
         key = rotation.frequencies.numpy().tobytes()
         if key not in tables:
-            tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(next(model.parameters()).device)
+            tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(device)
         layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved))
         bound += 1
     if bound == 0 and must_extend:

@@ -83,6 +83,20 @@ def widen_max_len_check(original: Callable[..., int]) -> Callable[..., int]:
     return get_and_verify_max_len
 
 
+def limit_to_draft_later(original: Callable[[VllmConfig], None]) -> Callable[[VllmConfig], None]:
+    """Wrap `VllmConfig._limit_max_model_len_to_draft` (vLLM 0.33): not before the draft has the plan's length.
+
+    It lowers the served length to the draft's, since the V2 runner cannot stop drafting where a draft model ends.
+    """
+
+    @functools.wraps(original)
+    def limit(self: VllmConfig) -> None:
+        if _widened.get() is None:
+            original(self)
+
+    return limit
+
+
 def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
     """Wrap `EngineArgs.create_engine_config`: with CUSTOM chosen, plan the extension or refuse what cannot work."""
 
@@ -130,6 +144,7 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
         vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
         if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
             _extend_draft(vllm_config.speculative_config, plan, device)
+        _check_draft_length(vllm_config)
         logger.info(
             "Self-Extend: trained length %d, group size %d, neighbor window %d, reaching %d of at most %d tokens (%s). "
             "Prompts within the trained length are answered %s.",
@@ -169,3 +184,23 @@ def _extend_draft(speculative_config: SpeculativeConfig, plan: ExtensionPlan, de
     speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
     if speculative_config.max_model_len is None:
         draft.max_model_len = plan.max_model_len
+
+
+def _check_draft_length(vllm_config: VllmConfig) -> None:
+    """Make up for `limit_to_draft_later`.
+
+    Raises:
+        ValueError: A draft that is not extended would turn Self-Extend off.
+
+    """
+    limit = getattr(vllm_config, "_limit_max_model_len_to_draft", None)
+    if limit is None:
+        return
+    wanted = vllm_config.model_config.max_model_len
+    limit()
+    if (reached := vllm_config.model_config.max_model_len) < wanted:
+        draft = vllm_config.speculative_config.draft_model_config.model
+        raise ValueError(
+            f"The draft model {draft} reads {reached} tokens and is not extended, and vLLM's V2 model runner cannot serve "
+            f"{wanted} with it. Use a draft model that can be extended, none, or VLLM_USE_V2_MODEL_RUNNER=0."
+        )

@@ -39,16 +39,19 @@ def register() -> None:
         return
 
     import vllm.config.model
+    from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from .engine_args import configure_self_extend, widen_max_len_check
+    from .engine_args import configure_self_extend, limit_to_draft_later, widen_max_len_check
     from .kv_connectors import tell_layout
 
     register_backend(AttentionBackendEnum.CUSTOM, "vllm_selfextend.attention.SelfExtendBackend")
     _wrap(EngineArgs, "create_engine_config", configure_self_extend)
     _wrap(vllm.config.model, "_get_and_verify_max_len", widen_max_len_check)
+    if hasattr(VllmConfig, "_limit_max_model_len_to_draft"):  # since 0.33
+        _wrap(VllmConfig, "_limit_max_model_len_to_draft", limit_to_draft_later)
     _wrap(KVConnectorFactory, "create_connector", tell_layout)
     if current_platform.is_cpu():
         _wrap(type(current_platform), "get_attn_backend_cls", _let_custom_through)

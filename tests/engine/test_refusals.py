@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.interface import DeviceCapability
@@ -167,6 +168,47 @@ def test_draft_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("draft is not extended: its heads have 24" in line for line in said)
     with pytest.raises(ValueError, match=r"cannot serve the draft model .*draft: its heads have 24 dimensions"):
         draft(odd, attention_backend="CUSTOM")
+
+
+def test_a_draft_model_does_not_turn_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM 0.33 does with its V2 runner, which lowers the served length to the draft's while it is configured."""
+
+    def limit(self: VllmConfig) -> None:
+        if self.speculative_config is not None:
+            draft = self.speculative_config.draft_model_config
+            self.model_config.max_model_len = min(self.model_config.max_model_len, draft.max_model_len)
+
+    def configured(self: VllmConfig) -> None:
+        original(self)
+        self._limit_max_model_len_to_draft()
+
+    original = VllmConfig.__post_init__
+    monkeypatch.setattr(VllmConfig, "__post_init__", configured)
+    monkeypatch.setattr(VllmConfig, "_limit_max_model_len_to_draft", limit, raising=False)
+    plugin.register()
+
+    def start(draft: dict[str, Any]) -> Any:
+        (tmp_path / "draft").mkdir(exist_ok=True)
+        (tmp_path / "draft" / "config.json").write_text(json.dumps(draft))
+        speculative = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2}
+        return configure(tmp_path, LLAMA, speculative_config=speculative)
+
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    for draft in (LLAMA, {**LLAMA, "rope_parameters": yarn}):
+        vllm_config = start(draft)
+        assert read_plan(vllm_config).group_size > 1
+        assert vllm_config.model_config.max_model_len == 512
+        assert vllm_config.speculative_config.draft_model_config.max_model_len == 512
+    with pytest.raises(ValueError, match=r"draft reads 64 tokens and is not extended, and vLLM's V2 model runner"):
+        start({**LLAMA, "head_dim": 24})
+
+
+def test_images_whose_tokens_look_ahead(tmp_path: Path) -> None:
+    # Gemma 3's own config would need its image processor, and so torchvision; vLLM goes by this key first.
+    config = {**LLAMA, "is_mm_prefix_lm": True}
+    for length in (64, 512):  # within the trained length too
+        with pytest.raises(ValueError, match=r"images attend to each other in both directions.*--limit-mm-per-prompt"):
+            configure(tmp_path, config, max_model_len=length)
 
 
 def test_gpus_that_are_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,34 @@
+"""What the layers of a loaded model are given."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from vllm_selfextend.binding import bind_models
+
+
+def test_rotations_are_on_the_runners_device_and_a_draft_is_unwrapped(
+    checkpoint: Callable, start_engine: Callable
+) -> None:
+    """Weights may be offloaded to the CPU, and CUDA graphs wrap a draft model; the runner knows better."""
+    llm = start_engine(
+        checkpoint("llama"),
+        attention_backend="CUSTOM",
+        max_model_len=256,
+        speculative_config={"method": "draft_model", "model": checkpoint("llama-mqa"), "num_speculative_tokens": 2},
+    )
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    target, draft = runner.get_model(), runner.get_draft_model()
+    assert target is not draft
+    elsewhere = SimpleNamespace(
+        get_model=lambda: target,
+        get_draft_model=lambda: draft,
+        drafter=SimpleNamespace(model=SimpleNamespace(unwrap=lambda: draft)),
+        device=torch.device("meta"),
+    )
+    bind_models(elsewhere, llm.llm_engine.vllm_config)
+    for model in (target, draft):
+        layers = [module for module in model.modules() if hasattr(module, "get_attn_backend")]
+        assert layers
+        assert all(layer.impl.rotation.cos_sin.is_meta for layer in layers)
