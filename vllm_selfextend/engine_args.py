@@ -201,6 +201,6 @@ def _check_draft_length(vllm_config: VllmConfig) -> None:
     if (reached := vllm_config.model_config.max_model_len) < wanted:
         draft = vllm_config.speculative_config.draft_model_config.model
         raise ValueError(
-            f"The draft model {draft} reads {reached} tokens and is not extended, and vLLM's V2 model runner cannot serve "
-            f"{wanted} with it. Use a draft model that can be extended, none, or VLLM_USE_V2_MODEL_RUNNER=0."
+            f"The draft model {draft} reads {reached} tokens and is not extended, and vLLM's V2 model runner cannot "
+            f"serve {wanted} with it. Use a draft model that can be extended, none, or VLLM_USE_V2_MODEL_RUNNER=0."
         )

@@ -55,8 +55,8 @@ def unsupported_reason(
             return reason
     if model_config.is_mm_prefix_lm:  # grouped or not
         return (
-            "the tokens of its images attend to each other in both directions, and Self-Extend's attention is causal. To "
-            "serve texts alone, say so to vLLM: --limit-mm-per-prompt '{\"image\": 0}' (and 0 of what else it takes)."
+            "the tokens of its images attend to each other in both directions, and Self-Extend's attention is causal. "
+            "To serve texts alone, tell vLLM: --limit-mm-per-prompt '{\"image\": 0}' (and 0 of what else it takes)."
         )
     return None if device is None else _kernels_reason(plan, model_config, device)
 
