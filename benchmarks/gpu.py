@@ -7,6 +7,8 @@ decode, prefill and store, one layer's call each:
   over its measured matrix rate, whichever is longer. Bytes are those of keys, values, queries and outputs, once each;
   rows of cosines and sines that neighbors need come out of the L2 cache and do not count (the JSON lines list them).
 - **G = 1** is our own kernel on the same cache without Self-Extend: ordinary attention.
+- **Flash** is the kernel set "flash": Self-Extend with FlashAttention for the grouped keys of a prefill, if vLLM or a
+  package brings it along. It must give the answer of the Triton kernels, and is checked like them.
 - **Others** (`gpu_others.py`) read the same cache, as far as they are installed; for prefill PyTorch's attention on
   contiguous copies. Each must give our answer at G = 1. The fastest one's time is shown.
 
@@ -48,15 +50,18 @@ from benchmarks.layers import (
     three_digits,
     trained_length,
 )
-from tests.gpu.checks import NUM_LAYERS, NUM_SMALL_LAYERS
+from tests.gpu.checks import NUM_LAYERS, NUM_SMALL_LAYERS, checks
+from tests.gpu.flash import load_flash
 from tests.gpu.graphs import capture
 from vllm_selfextend.backends import choose_kernels
+from vllm_selfextend.backends.flash import FlashKernels
 from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation, num_rotation_steps
 
 L2_CACHES = 3  # what a graph's calls read, in L2 caches
 MOST_COPIES = 16
 ENOUGH_GRAPH_MS = 0.5  # a graph much shorter than that would wait for its launch
 MOST_CALLS = 200
+FLASH = "our flash"  # among those that a case is measured against
 SPARE_BYTES = 6 << 30
 
 console = Console()
@@ -197,16 +202,19 @@ def _table_on(device: torch.device, num_steps: int, head_size: int) -> torch.Ten
 
 
 class Times(NamedTuple):
-    """What came of a case, ms; `notes` says which other library has no time, and why."""
+    """What came of a case, ms; `notes` says who else has no time, and why."""
 
     self_extend: float
     ordinary: float
+    flash: float | None
     others: dict[str, float]
     notes: dict[str, str]
 
 
-def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: torch.device) -> Times:
-    """Time a case."""
+def measure(
+    case: Case, kernels: Kernels, flash: Kernels | None, machine: gpu_machine.Machine, device: torch.device
+) -> Times:
+    """Time a case; `flash` are the flash kernels, if there are any here."""
     copies, batch = case.copies(machine.l2_bytes), case.load.batch
     num_blocks = copies * batch * case.num_blocks
     cache = case.make_cache(num_blocks, device)
@@ -240,18 +248,22 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
     graphs = [capture_turns(calls, num_calls) for calls in systems]
     kept_alive: list[list[gpu_others.Call]] = []  # by their calls, tensors that a graph uses
     names, notes = [], {}
-    for name, other in others_of(case).items():
+    others = others_of(case)
+    if flash is not None and case.load.phase == "prefill":
+        others = {FLASH: gpu_others.self_extend(flash, params), **others}
+    for name, other in others.items():
         try:
             calls = [other(query, cache, step, case.load.context) for query, step in zip(queries, steps, strict=True)]
-            systems[1][0]()
+            systems[0 if name == FLASH else 1][0]()
             check_same("its answer", calls[0](), outs[0])
             graphs.append(capture_turns(calls, num_calls))
             kept_alive.append(calls)
             names.append(name)
         except Exception as error:  # what another library cannot do is no reason to stop
             notes[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
-    self_extend, ordinary, *others = (time / num_calls for time in gpu_machine.medians(graphs))
-    return Times(self_extend, ordinary, dict(zip(names, others, strict=True)), notes)
+    self_extend, ordinary, *rest = (time / num_calls for time in gpu_machine.medians(graphs))
+    times = dict(zip(names, rest, strict=True))
+    return Times(self_extend, ordinary, times.pop(FLASH, None), times, notes)
 
 
 def capture_turns(calls: Sequence[Callable[[], object]], num_calls: int) -> Callable[[], None]:
@@ -297,6 +309,7 @@ class Result(NamedTuple):
             "predicted_ms": self.bound,
             "self_extend_ms": self.times.self_extend,
             "ordinary_ms": self.times.ordinary,
+            "flash_ms": self.times.flash,
             "others_ms": self.times.others,
             "others_missing": self.times.notes,
         }
@@ -310,6 +323,9 @@ def result_table(phase: str, results: Sequence[Result]) -> Table:
     cache = f", {dtype_name(case.cache_dtype)} cache" if case.load.is_fp8 else ""
     title = f"{phase}, {dtype_name(case.dtype)}{cache}, {case.heads}, G {case.group_size}, W {case.neighbor_window:,}"
     columns = [*shape, "bound\nms", "ours\nms", "G = 1\nms", f"ours\n{unit}", "of\nbound", "of\nG = 1"]
+    has_flash = any(result.times.flash for result in results)
+    if has_flash:
+        columns += ["our flash\nms"]
     if any(result.fastest for result in results):
         columns += ["of\nother", "other\nms", "fastest\nother"]
     table = _table(title)
@@ -322,6 +338,8 @@ def result_table(phase: str, results: Sequence[Result]) -> Table:
         cells = [f"{load[name]:,}" for name in shape]
         cells += [three_digits(time, 4) for time in (result.bound, ours, result.times.ordinary, done / ours / 1e6)]
         cells += [f"{time / ours:.2f}" for time in (result.bound, result.times.ordinary)]
+        if has_flash:
+            cells += ["" if result.times.flash is None else three_digits(result.times.flash, 4)]
         if result.fastest:
             which, other = result.fastest
             cells += [f"{other / ours:.2f}", three_digits(other, 4), which]
@@ -386,6 +404,7 @@ def run_phase(
     phase: str,
     cases: Sequence[Case],
     kernels: Kernels,
+    flash: Kernels | None,
     machine: gpu_machine.Machine,
     device: torch.device,
     output: Output,
@@ -403,7 +422,7 @@ def run_phase(
                 lines[str(case.load)] = f"Left out for {missing / 1e9:,.0f} GB of memory more: {case.load}."
             else:
                 bound = machine.predicted_ms(case.num_bytes, case.operations)
-                result = Result(case, bound, measure(case, kernels, machine, device))
+                result = Result(case, bound, measure(case, kernels, flash, machine, device))
                 results.append(result)
                 output.write(result.row(machine.device))
                 lines |= {why: f"No time of {name}: {why}" for name, why in result.times.notes.items()}
@@ -415,6 +434,20 @@ def run_phase(
     for line in lines.values():
         console.print(line, markup=False)
     return results
+
+
+def flash_of(device: torch.device) -> FlashKernels | None:
+    """The flash kernels, if they run here; else says why not."""
+    try:
+        kernels = load_flash()
+        problem = kernels.unsupported_device(
+            device, torch.cuda.get_device_capability() if device.type == "cuda" else None
+        )
+    except ImportError as error:
+        problem = str(error)
+    if problem:
+        console.print(f"The flash kernels are left out: {problem}.", markup=False)
+    return None if problem else kernels
 
 
 def main(
@@ -434,7 +467,7 @@ def main(
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per cache block.")] = 16,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line per case to this file.")] = None,
 ) -> None:
-    """Check and time the Triton kernels on this machine's GPU."""
+    """Check and time the kernels for GPUs on this machine's."""
     suite = "correctness" if correctness_only else suite
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not (suite == "correctness" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -444,12 +477,19 @@ def main(
         )
         raise typer.Exit(1)
     kernels = choose_kernels("triton", device).kernels
+    flash = flash_of(device)
     torch.manual_seed(0)
     output = Output(json_file)
     all_right = True
     if suite in ("correctness", "all"):
-        num_layers = NUM_SMALL_LAYERS if quick or device.type == "cpu" else NUM_LAYERS
-        all_right = gpu_correctness.run(kernels, device, num_layers, console, output.progress(), output.write)
+        small = device.type == "cpu"
+        num_layers = NUM_SMALL_LAYERS if quick or small else NUM_LAYERS
+        todo = checks(small=small, num_layers=num_layers)
+        all_right = gpu_correctness.run("Triton", todo, kernels, device, console, output.progress(), output.write)
+        if flash is not None:
+            smallest = flash.flash_attention.block_multiple
+            todo = checks(small=small, num_layers=num_layers, smallest_block=smallest)
+            all_right &= gpu_correctness.run(FLASH, todo, flash, device, console, output.progress(), output.write)
     if suite != "correctness":
         timed = getattr(torch, dtype.value)
         machine = gpu_machine.measure(timed)
@@ -459,7 +499,7 @@ def main(
         for phase, loads in (QUICK_LOADS if quick else LOADS).items():
             if suite in (phase, "all"):
                 cases = [Case(load, *layer) for load in loads]
-                results += run_phase(phase, cases, kernels, machine, device, output)
+                results += run_phase(phase, cases, kernels, flash, machine, device, output)
         console.print(aims_table(results, machine))
     raise typer.Exit(0 if all_right else 1)
 

@@ -1,7 +1,7 @@
 """The checks of `tests/gpu` as a step of the GPU benchmark: a progress bar, a table and lines of JSON."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import rich.box
@@ -15,36 +15,38 @@ from vllm_selfextend.backends.interface import Kernels
 
 
 def run(
+    title: str,
+    todo: Sequence[checks.Check],
     kernels: Kernels,
     device: torch.device,
-    num_layers: int,
     console: Console,
     bar: Progress,
     write: Callable[[dict[str, Any]], None],
 ) -> bool:
-    """Check, print, and say whether all is right. On a CPU, where Triton interprets, the checks are small ones."""
-    is_cpu = device.type == "cpu"
-    name = "CPU, Triton's interpreter" if is_cpu else torch.cuda.get_device_name()
+    """Check, print, and say whether all is right."""
+    name = "CPU, Triton's interpreter" if device.type == "cpu" else torch.cuda.get_device_name()
     results = []
-    todo = checks.checks(small=is_cpu, num_layers=num_layers)
     with bar:
         task = bar.add_task("correctness", total=len(todo))
         for check in todo:
             bar.update(task, description=f"correctness: {check.batch}, {check.variant}")
             results.append(checks.make(check, kernels, device))
-            write(results[-1].row(name))
+            write({"kernels": title, **results[-1].row(name)})
             bar.advance(task)
-    console.print(_table(results))
+    console.print(_table(title, results))
     wrong = [result for result in results if result.problem]
     for result in wrong:
         console.print(f"WRONG: {result.check}: {result.problem}", markup=False)
     return not wrong
 
 
-def _table(results: list[checks.Result]) -> Table:
+def _table(title: str, results: list[checks.Result]) -> Table:
     """The worst errors of each dtype and kind of batch, for people."""
     table = Table(
-        title="Against the reference in float64", box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+        title=f"{title} against the reference in float64",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     for name in ("dtype", "batch"):
         table.add_column(name)

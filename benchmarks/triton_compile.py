@@ -7,6 +7,7 @@ suffice, or if a kernel does not compile.
 
 Machine code is disassembled with the tools that Triton brings along. A loop is what lies between a label and a jump
 back to it; those with matrix instructions are, in their order, the grouped run's, the mixed tiles' and the neighbors'.
+Beside FlashAttention there is no grouped run.
 """
 
 import json
@@ -31,8 +32,9 @@ from rich.progress import track
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 
+from vllm_selfextend.backends.flash.grouped import FarQueries
 from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Rotation
-from vllm_selfextend.backends.triton.launches import Launch, attention_launches, store_launch
+from vllm_selfextend.backends.triton.launches import Far, Launch, attention_launches, store_launch
 from vllm_selfextend.backends.triton.tiles import Device
 
 TARGETS = {
@@ -50,6 +52,10 @@ SHARED_MEMORY_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.bfloat16, "float32": torch.float32}
 """Of the queries, by the name of the cache's; fp8 is beside bfloat16."""
+
+STEPS = {"split decode": (4, 1), "decode": (256, 1), "prefill": (1, 2048), "neighbors": (1, 2048)}
+"""Requests, and new tokens of each. A short batch of decodes shares contexts among programs, a long one does not; the
+neighbors are a prefill's beside FlashAttention."""
 
 ALL = list(TARGETS)
 HEAD_SIZES = [64, 80, 96, 128, 256]
@@ -76,8 +82,7 @@ class Specialisation:
     def launches(self) -> Iterator[Launch]:
         """The launches of the step; a split decode has two."""
         dtype, num_kv_heads = DTYPES[self.cache], 8
-        # A short batch of decodes shares contexts among programs, a long one does not.
-        num_reqs, query_len = {"split decode": (4, 1), "decode": (256, 1), "prefill": (1, 2048)}[self.step]
+        num_reqs, query_len = STEPS[self.step]
         num_tokens = num_reqs * query_len
 
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -101,9 +106,15 @@ class Specialisation:
         kv_cache = empty(4096, num_kv_heads, 16, 2 * self.head_size, dtype=cache_dtype)
         query = empty(num_tokens, self.heads * num_kv_heads, self.head_size, dtype=dtype)
         key = empty(num_tokens, num_kv_heads, self.head_size, dtype=dtype)
-        if self.step != "split decode":  # whose store is the decode's
+        attend_far = None
+        if self.step == "neighbors":  # beside FlashAttention
+            queries = FarQueries.empty(query, num_reqs)
+            yield from queries.launches(query, batch, params, 0)
+            far = Far(query, empty(query.shape[1], num_tokens, dtype=torch.float32), queries.start_loc)
+            attend_far = lambda decode_len: far  # noqa: E731
+        elif self.step != "split decode":  # whose store is the decode's
             yield store_launch(key, key, kv_cache, batch, params)
-        yield from attention_launches(query, kv_cache, batch, params, query, TARGETS[self.target])
+        yield from attention_launches(query, kv_cache, batch, params, query, TARGETS[self.target], attend_far)
 
 
 @dataclass(frozen=True)
@@ -271,7 +282,8 @@ def main(
         for one in target
         for kind in cache
         for size in head_size
-        for step in ("split decode", "decode", "prefill")
+        for step in STEPS
+        if step != "neighbors" or (group_size > 1 and kind in ("bfloat16", "float16"))
     ]
     console.print(f"Triton {triton.__version__}; {heads} query heads per KV head, group size {group_size}")
     with ProcessPoolExecutor() as pool:

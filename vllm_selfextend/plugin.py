@@ -44,9 +44,12 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from . import flash_attention
+    from .backends import KERNEL_SETS
     from .engine_args import configure_self_extend, limit_to_draft_later, widen_max_len_check
     from .kv_connectors import tell_layout
 
+    KERNEL_SETS["flash"] = KERNEL_SETS["flash"]._replace(load=flash_attention.load)
     register_backend(AttentionBackendEnum.CUSTOM, "vllm_selfextend.attention.SelfExtendBackend")
     _wrap(EngineArgs, "create_engine_config", configure_self_extend)
     _wrap(vllm.config.model, "_get_and_verify_max_len", widen_max_len_check)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .batch import find_request
 from .fp8 import from_fp8
-from .rotation import load_cos_sin, source, turn
+from .rotation import load_cos_sin, load_grouped_cos_sin, source, turn
 
 
 @triton.jit
@@ -34,6 +34,12 @@ def tanh(x):
 
 
 @triton.jit
+def log_factor(position, log_scale):
+    """What `AttentionParams.log_scale_len` multiplies queries by; `log_scale` is the inverse of its logarithm."""
+    return tl.maximum(tl.log((position + 1).to(tl.float32)) * log_scale, 1.0)
+
+
+@triton.jit
 def load_kv(pointers, mask, MASKED: tl.constexpr, DTYPE: tl.constexpr, IS_FP8: tl.constexpr, HAS_FP8: tl.constexpr):
     """Keys or values, as they lie in the cache, in `DTYPE`; `MASKED` says whether `mask` is more than all true."""
     x = tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
@@ -53,6 +59,9 @@ def attention_kernel(
     block_table,
     cos_sin,
     sinks,
+    far_output,
+    far_lse,
+    far_start_loc,
     num_reqs,
     decode_len,
     query_token_stride,
@@ -65,6 +74,9 @@ def attention_kernel(
     cache_head_stride,
     cache_token_stride,
     table_stride,
+    far_token_stride,
+    far_head_stride,
+    far_lse_stride,
     scale,
     log_scale,
     soft_cap,
@@ -78,6 +90,7 @@ def attention_kernel(
     HAS_SOFT_CAP: tl.constexpr,
     HAS_LOG_SCALE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_FAR: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
@@ -100,6 +113,9 @@ def attention_kernel(
 
     Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`. Requests with at most `decode_len`
     new tokens are the decode's, the others the prefill's; each launch leaves the other's alone.
+
+    `HAS_FAR` says that the grouped keys have been attended to elsewhere (`launches.Far`): what came of it is where the
+    softmax goes on with the neighbors.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
     DTYPE: tl.constexpr = query.dtype.element_ty
@@ -126,7 +142,7 @@ def attention_kernel(
         position = seq_len - query_len + row_token
         row_scale = tl.full([BLOCK_M], scale, tl.float32)
         if HAS_LOG_SCALE:
-            row_scale *= tl.maximum(tl.log((position + 1).to(tl.float32)) * log_scale, 1.0)
+            row_scale *= log_factor(position, log_scale)
         if not HAS_SOFT_CAP:
             row_scale *= LOG2_E
 
@@ -167,11 +183,12 @@ def attention_kernel(
             first_dims = source(pairs, ROTARY_DIM, INTERLEAVED) * query_dim_stride
             second_dims = source(pairs + half, ROTARY_DIM, INTERLEAVED) * query_dim_stride
             query_mask = row_mask[:, None] & pair_mask
+        if ROTARY_DIM > 0 and not HAS_FAR:
             q_first = tl.load(from_query + first_dims, mask=query_mask, other=0.0).to(tl.float32)
             q_second = tl.load(from_query + second_dims, mask=query_mask, other=0.0).to(tl.float32)
-            steps = NEIGHBOR_WINDOW - NEIGHBOR_WINDOW // GROUP_SIZE - (position - position // GROUP_SIZE)
-            cosine, sine = load_cos_sin(cos_sin, tl.abs(steps), query_mask, pairs, ROTARY_DIM)
-            sine = tl.where(steps < 0, -1.0, 1.0)[:, None] * sine
+            cosine, sine = load_grouped_cos_sin(
+                cos_sin, position, query_mask, pairs, NEIGHBOR_WINDOW, GROUP_SIZE, ROTARY_DIM
+            )
             far_first, far_second = turn(q_first, q_second, cosine, sine, DTYPE)
             # Both halves as one: `[BLOCK_M, pairs, 2]` to `[BLOCK_M, 2 * pairs]`.
             far = tl.reshape(tl.permute(tl.join(far_first, far_second), (0, 2, 1)), (BLOCK_M, 2 * HALF_PADDED))
@@ -185,6 +202,13 @@ def attention_kernel(
         output = tl.zeros([BLOCK_M, HEAD_SIZE_PADDED], tl.float32)
         largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+        if HAS_FAR:  # of the request's last queries; the others see no grouped keys
+            far_row = tl.load(far_start_loc + request + 1) - query_len + row_token
+            has_far = row_mask & (far_row >= tl.load(far_start_loc + request))
+            largest = tl.load(far_lse + head * far_lse_stride + far_row, mask=has_far, other=float("-inf")) * LOG2_E
+            total = tl.where(has_far, 1.0, 0.0)
+            from_far = far_output + (far_row.to(tl.int64) * far_token_stride + head * far_head_stride)[:, None] + dims
+            output = tl.load(from_far, mask=has_far[:, None] & dim_mask, other=0.0).to(tl.float32)
         table = block_table + request.to(tl.int64) * table_stride
         heads = kv_cache + kv_head.to(tl.int64) * cache_head_stride
 
@@ -196,7 +220,7 @@ def attention_kernel(
         MASKS_DIMS: tl.constexpr = IS_WINDOWED or HEAD_SIZE_PADDED > HEAD_SIZE
         MASKS_PAIRS: tl.constexpr = IS_WINDOWED or HALF_PADDED > ROTARY_DIM // 2
         MASKS_RESTS: tl.constexpr = IS_WINDOWED or REST_PADDED > HEAD_SIZE - ROTARY_DIM
-        for kind in tl.static_range(0, 3, 1 if GROUP_SIZE > 1 else 2):
+        for kind in tl.static_range(MIXED if HAS_FAR else FAR, 3, 1 if GROUP_SIZE > 1 else 2):
             if kind == FAR:
                 tile_begin = begin
                 tile_end = far_end
@@ -245,15 +269,16 @@ def attention_kernel(
                         turned_first, turned_second = turn(k_first32, k_second32, key_cosine, key_sine, DTYPE)
                         near = multiply(near_first, tl.trans(turned_first), scores, IS_INTERPRETED)
                         near = multiply(near_second, tl.trans(turned_second), near, IS_INTERPRETED)
-                    if kind != NEAR:
+                    if kind != NEAR and not HAS_FAR:
                         k_mask = key_mask[:, None] & halves_mask
                         k = load_kv(slot + halves, k_mask, kind != FAR or MASKS_PAIRS, DTYPE, IS_FP8, HAS_FP8)
                         scores = multiply(far, tl.trans(k), scores, IS_INTERPRETED)
                     if kind == MIXED:
                         is_near = position[:, None] - keys[None, :] < NEIGHBOR_WINDOW
                         is_near |= position[:, None] < EXACT_LEN
+                    if kind == MIXED and not HAS_FAR:
                         scores = tl.where(is_near, near, scores)
-                    elif kind == NEAR:
+                    elif kind != FAR:
                         scores = near
                 if HAS_SOFT_CAP:
                     scores = tanh(scores * (row_scale / soft_cap)[:, None]) * (soft_cap * LOG2_E)
@@ -263,6 +288,8 @@ def attention_kernel(
                     seen = distance >= 0
                     if IS_WINDOWED:
                         seen &= distance < SLIDING_WINDOW
+                    if kind == MIXED and HAS_FAR:
+                        seen &= is_near
                     scores = tl.where(seen, scores, float("-inf"))
                 # Scaled after the sum over dimensions, in the same instruction as the subtraction.
                 if HAS_SOFT_CAP:

@@ -1,7 +1,7 @@
 """What a call launches: which kernels, on what grid, with what. It follows from shapes and from the layer alone."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,42 @@ class Launch:
         self.kernel[self.grid](**self.arguments)
 
 
+@dataclass(frozen=True)
+class Far:
+    """What was found elsewhere in the grouped keys of a prefill; its other queries see none.
+
+    Attributes:
+        output: `[num_rows, num_heads, head_size]`: a row for each of the last queries of each request.
+        lse: `[num_heads, num_rows]`, float32: the natural logarithm of the sum of the scores' exponentials.
+        start_loc: `[num_reqs + 1]`, int32: request `r` has the rows `start_loc[r]` to `start_loc[r + 1]`.
+
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    start_loc: torch.Tensor
+
+    def arguments(self) -> dict[str, Any]:
+        """What the kernel calls them; the last dimensions are contiguous."""
+        return {
+            "far_output": self.output,
+            "far_lse": self.lse,
+            "far_start_loc": self.start_loc,
+            "far_token_stride": self.output.stride(0),
+            "far_head_stride": self.output.stride(1),
+            "far_lse_stride": self.lse.stride(0),
+            "HAS_FAR": True,
+        }
+
+
+NO_FAR = {
+    **dict.fromkeys(
+        ("far_output", "far_lse", "far_start_loc", "far_token_stride", "far_head_stride", "far_lse_stride")
+    ),
+    "HAS_FAR": False,
+}
+
+
 def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: Device) -> int:
     """How many float32 numbers of `AttentionBatch.workspace` the launches of a layer need at most."""
     # A context is shared where there are fewer blocks of queries and KV heads than programs wanted: fewer than twice as
@@ -69,8 +105,8 @@ def store_launch(
         "seq_lens": batch.seq_lens,
         "slot_mapping": batch.slot_mapping,
         "num_reqs": batch.seq_lens.shape[0],
-        **_strides("key", key),
-        **_strides("value", value),
+        **stride_arguments("key", key),
+        **stride_arguments("value", value),
         **_cache_strides(kv_cache),
         "k_scale": params.k_scale,
         "v_scale": params.v_scale,
@@ -80,7 +116,7 @@ def store_launch(
         "BLOCK_SIZE": kv_cache.shape[2],
         "HEAD_SIZE": head_size,
         "HEAD_SIZE_PADDED": head_size_padded,
-        **_rotation(params, head_size),
+        **rotation_arguments(params, head_size),
         "IS_FP8": is_fp8,
     }
     return Launch(store_kernel, (num_tokens, triton.cdiv(num_kv_heads, heads)), arguments)
@@ -93,8 +129,19 @@ def attention_launches(
     params: AttentionParams,
     out: torch.Tensor,
     device: Device,
+    attend_far: Callable[[int], Far] | None = None,
 ) -> Iterator[Launch]:
     """The launches that `attention` makes, in their order.
+
+    Args:
+        query: As of `interface.Kernels.attention`, like what follows.
+        kv_cache: Read.
+        batch: The step's requests.
+        params: The layer.
+        out: Written.
+        device: What the launches will run on.
+        attend_far: Attends to a prefill's grouped keys; the prefill's launch then does the neighbors. It is given how
+            many new tokens a request may have and still be a decode, which sees to all its keys by itself.
 
     Raises:
         ValueError: `batch.workspace` is too small.
@@ -110,7 +157,7 @@ def attention_launches(
         "out": out,
         "query_start_loc": batch.query_start_loc,
         "sinks": params.sinks,
-        **_strides("out", out),
+        **stride_arguments("out", out),
         "v_scale": params.v_scale,
         "HAS_SINKS": params.sinks is not None,
         "HEADS": heads,
@@ -126,17 +173,18 @@ def attention_launches(
         "partial_total": None,
         "seq_lens": batch.seq_lens,
         "block_table": batch.block_table,
+        **NO_FAR,
         "num_reqs": num_reqs,
-        **_strides("query", query),
+        **stride_arguments("query", query),
         **_cache_strides(kv_cache),
         "table_stride": batch.block_table.stride(0),
         "scale": params.scale * params.k_scale,
-        "log_scale": 1.0 / math.log(params.log_scale_len) if params.log_scale_len else 0.0,
+        "log_scale": log_scale(params),
         "soft_cap": params.soft_cap,
         "EXACT_LEN": params.exact_len if params.group_size > 1 else 0,
         "NEIGHBOR_WINDOW": params.neighbor_window,
         "SLIDING_WINDOW": params.sliding_window,
-        **_rotation(params, head_size),
+        **rotation_arguments(params, head_size),
         "HAS_SOFT_CAP": params.soft_cap != 0.0,
         "HAS_LOG_SCALE": params.log_scale_len != 0,
         "BLOCK_SIZE": kv_cache.shape[2],
@@ -176,12 +224,15 @@ def attention_launches(
     if not is_decode:
         tiles = prefill_tiles(heads, head_size, query.element_size(), is_fp8, device)
         tokens = tiles.rows // heads
+        if num_reqs == 1:
+            decode_len = 0
         yield Launch(
             attention_kernel,
             (num_tokens // tokens + num_reqs, num_kv_heads),
             {
                 **common,
-                "decode_len": decode_len if num_reqs > 1 else 0,
+                **(attend_far(decode_len).arguments() if attend_far else {}),
+                "decode_len": decode_len,
                 "TOKENS": tokens,
                 "IS_DECODE": False,
                 "IS_SPLIT": False,
@@ -201,7 +252,7 @@ def _partial(workspace: torch.Tensor | None, num_rows: int, head_size: int, quer
     return {"partial_output": output, "partial_largest": largest, "partial_total": total}
 
 
-def _rotation(params: AttentionParams, head_size: int) -> dict[str, Any]:
+def rotation_arguments(params: AttentionParams, head_size: int) -> dict[str, Any]:
     """The table of cosines and sines, None where no positions are grouped, and how dimensions are taken apart."""
     rotation = params.required_rotation() if params.group_size > 1 else None
     rotary_dim = rotation.cos_sin.shape[1] if rotation else 0
@@ -216,7 +267,12 @@ def _rotation(params: AttentionParams, head_size: int) -> dict[str, Any]:
     }
 
 
-def _strides(name: str, tensor: torch.Tensor) -> dict[str, int]:
+def log_scale(params: AttentionParams) -> float:
+    """What the logarithms of positions are multiplied by."""
+    return 1.0 / math.log(params.log_scale_len) if params.log_scale_len else 0.0
+
+
+def stride_arguments(name: str, tensor: torch.Tensor) -> dict[str, int]:
     """The strides of queries, keys, values or outputs."""
     return {f"{name}_{kind}_stride": tensor.stride(index) for index, kind in enumerate(("token", "head", "dim"))}
 

@@ -25,6 +25,22 @@ def load_cos_sin(cos_sin, steps, mask, pairs, ROTARY_DIM: tl.constexpr):
 
 
 @triton.jit
+def load_grouped_cos_sin(
+    cos_sin,
+    position,
+    mask,
+    pairs,
+    NEIGHBOR_WINDOW: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+):
+    """What turns queries at `position` so that their scores with keys as they lie are the grouped ones."""
+    steps = NEIGHBOR_WINDOW - NEIGHBOR_WINDOW // GROUP_SIZE - (position - position // GROUP_SIZE)
+    cosine, sine = load_cos_sin(cos_sin, tl.abs(steps), mask, pairs, ROTARY_DIM)
+    return cosine, tl.where(steps < 0, -1.0, 1.0)[:, None] * sine
+
+
+@triton.jit
 def turn(first, second, cosine, sine, DTYPE: tl.constexpr):
     """Pairs of float32, rotated, in `DTYPE`."""
     return (first * cosine - second * sine).to(DTYPE), (second * cosine + first * sine).to(DTYPE)

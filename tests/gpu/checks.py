@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference in float64, on the device they will serve on.
+"""Kernels for GPUs against the reference in float64, on the device they will serve on.
 
 `test_kernels.py` and `benchmarks/gpu.py` make these checks. Every kind of batch meets every head size, variant, dtype,
 cache and block size, though not each with each. Each answer is also asked for twice, and once more of a CUDA graph
@@ -110,13 +110,17 @@ class Result(NamedTuple):
         }
 
 
-def checks(*, small: bool, num_layers: int) -> list[Check]:
+def checks(*, small: bool, num_layers: int, smallest_block: int = 16) -> list[Check]:
     """The first `num_layers` layers, each with every kind of batch; `small` ones are for Triton's interpreter."""
-    return list(_checks(SMALL_BATCHES if small else BATCHES, SMALL_VARIANTS if small else VARIANTS, num_layers))
+    lengths = (SMALL_BATCHES, SMALL_VARIANTS) if small else (BATCHES, VARIANTS)
+    return list(_checks(*lengths, num_layers, smallest_block))
 
 
 def _checks(
-    batches: dict[str, tuple[tuple[int, int], ...]], variants: dict[str, dict[str, Any]], num_layers: int
+    batches: dict[str, tuple[tuple[int, int], ...]],
+    variants: dict[str, dict[str, Any]],
+    num_layers: int,
+    smallest_block: int,
 ) -> Iterator[Check]:
     for index in range(num_layers):
         variant = list(variants)[(index + 3 * (index // 5)) % 5]
@@ -129,7 +133,7 @@ def _checks(
                 num_kv_heads=num_kv_heads,
                 head_size=head_size,
                 rotary_dim=head_size // 2 if "partial" in variant else head_size,
-                block_size=BLOCK_SIZES[(index + index // 5) % 2],
+                block_size=max(BLOCK_SIZES[(index + index // 5) % 2], smallest_block),
                 kv_scales=numbers.kv_scales,
                 seed=seed,
                 base=10000.0,

@@ -1,4 +1,7 @@
-"""The Triton kernels, in Triton's interpreter, against the paper's formula in float64; a case takes seconds."""
+"""The Triton kernels, in Triton's interpreter, against the paper's formula in float64; a case takes seconds.
+
+Prefills also with FlashAttention's stand-in for their grouped keys.
+"""
 
 import itertools
 from typing import Any
@@ -9,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends import reference, triton
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels
 from vllm_selfextend.backends.triton import launches
 
 from .cases import TOLERANCE, Case, Problem, expected, run
+from .flash_stand_in import FLASH
 from .test_kernels import HEADS, SLID, VARIANTS, cases, three_tokens
 
 # The lengths of `test_against_stock.py`, cut to what the interpreter can do.
@@ -22,12 +26,13 @@ BATCHES = {
     "mixed": ((17, 45), (1, 70), (9, 19), (1, 42), (20, 20)),
     "speculation": ((2, 40), (4, 4), (12, 60), (1, 33)),
 }
+with_flash = pytest.mark.parametrize("kernels", [triton, FLASH], ids=["triton", "flash"])
 LENGTHS = [n + more for n in (16, 32, 48, 64, 128) for more in (-1, 0, 1)]
 
 
-def check(case: Case, dtype: torch.dtype) -> None:
+def check(case: Case, dtype: torch.dtype, kernels: Kernels = triton) -> None:
     problem = Problem.of(case, dtype)
-    got = run(triton, problem, dtype).double()
+    got = run(kernels, problem, dtype).double()
     torch.testing.assert_close(got, expected(problem), atol=TOLERANCE[dtype], rtol=0.0)
 
 
@@ -37,23 +42,32 @@ def test_the_papers_formula(batch: str, variant: str) -> None:
     check(Case(BATCHES[batch], **VARIANTS[variant]), torch.float32)
 
 
+@pytest.mark.parametrize("variant", [name for name, layer in VARIANTS.items() if layer.get("group_size") != 1])
+@pytest.mark.parametrize("batch", ["prefill", "mixed"])
+def test_the_papers_formula_with_flash_attention(batch: str, variant: str) -> None:
+    check(Case(BATCHES[batch], **{**VARIANTS[variant], "sliding_window": 0}), torch.float32, FLASH)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_dtypes_and_heads(heads: tuple[int, int], dtype: torch.dtype) -> None:
     for batch in BATCHES.values():
         check(Case(batch, num_heads=heads[0], num_kv_heads=heads[1], exact_len=16, neighbor_window=24), dtype)
+    check(Case(BATCHES["mixed"], num_heads=heads[0], num_kv_heads=heads[1]), dtype, FLASH)
 
 
 @pytest.mark.parametrize("heads", [(20, 1), (71, 1), (16, 4)], ids=str)
 def test_more_heads_than_a_tile_has_rows_and_few(heads: tuple[int, int]) -> None:
     for batch in ("speculation", "mixed"):
         check(Case(BATCHES[batch], num_heads=heads[0], num_kv_heads=heads[1]), torch.float32)
+    check(Case(BATCHES["mixed"], num_heads=heads[0], num_kv_heads=heads[1]), torch.float32, FLASH)
 
 
 @pytest.mark.parametrize(("head_size", "block_size"), [*itertools.product([32, 80, 96, 128, 256], [16, 48, 128])])
-def test_head_and_block_sizes(head_size: int, block_size: int) -> None:
+@with_flash
+def test_head_and_block_sizes(kernels: Kernels, head_size: int, block_size: int) -> None:
     shape = {"num_heads": 2, "num_kv_heads": 1, "head_size": head_size, "rotary_dim": head_size}
-    check(Case(((1, 65), (40, 90)), block_size=block_size, **shape), torch.float32)
+    check(Case(((1, 65), (40, 90)), block_size=block_size, **shape), torch.float32, kernels)
 
 
 @pytest.mark.parametrize("group_size", [1, 3, 8])
@@ -62,9 +76,11 @@ def test_lengths_around_every_boundary(group_size: int) -> None:
     shape = {"num_heads": 2, "num_kv_heads": 1, "block_size": 48, "group_size": group_size, "neighbor_window": 32}
     check(Case(tuple((1, n) for n in LENGTHS), **shape, exact_len=48), torch.float32)
     check(Case(tuple((min(n, 65), n) for n in LENGTHS), **shape), torch.float32)
+    check(Case(tuple((min(n, 65), n) for n in LENGTHS), **shape, exact_len=48), torch.float32, FLASH)
     # As many queries as a decode's block has, as a decode has at most, and as a prefill's block has.
     query_lens = [n + more for n in (8, 16, 32) for more in (-1, 0, 1)]
     check(Case(tuple((n, n + 50) for n in query_lens), **shape), torch.float32)
+    check(Case(tuple((n, n + 50) for n in query_lens), **shape), torch.float32, FLASH)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
@@ -147,13 +163,14 @@ def test_a_workspace_is_enough_or_an_error() -> None:
 
 
 @pytest.mark.parametrize("batch", ["decode", "mixed"])
-def test_a_captured_step_replayed(batch: str) -> None:
+@with_flash
+def test_a_captured_step_replayed(kernels: Kernels, batch: str) -> None:
     """What vLLM's CUDA graphs do: padding requests of no tokens, padding tokens of no request, and upper bounds."""
     problem = Problem.of(Case(BATCHES[batch]), torch.float32)
     num_tokens = sum(query_len for query_len, _ in BATCHES[batch])
     max_query_len = 1 if batch == "decode" else num_tokens + 3
-    wanted = run(triton, problem, torch.float32)
-    got = run(triton, problem, torch.float32, padding=3, max_query_len=max_query_len)
+    wanted = run(kernels, problem, torch.float32)
+    got = run(kernels, problem, torch.float32, padding=3, max_query_len=max_query_len)
     assert got[num_tokens:].isnan().all(), "padding was written"
     torch.testing.assert_close(got[:num_tokens], wanted, atol=2e-6, rtol=0.0)
 
@@ -177,7 +194,8 @@ def test_a_step_of_padding_only() -> None:
     assert out.isnan().all()
 
 
-def test_any_strides() -> None:
+@with_flash
+def test_any_strides(kernels: Kernels) -> None:
     case = Case(BATCHES["mixed"], interleaved=True, rotary_dim=20)
     problem = Problem.of(case, torch.float32)
 
@@ -192,12 +210,13 @@ def test_any_strides() -> None:
                 self.cache = kv_cache.new_full([2 * blocks, *shape], float("nan"))[::2]
             fused = torch.cat([key, value], dim=2)
             key, value = fused.split(key.shape[2], dim=2)
-            triton.store_kv(key.mT.contiguous().mT, value, self.cache, *rest)
+            kernels.store_kv(key.mT.contiguous().mT, value, self.cache, *rest)
 
         def attention(self, query: torch.Tensor, kv_cache: torch.Tensor, *rest: Any) -> None:
             *batch_and_params, out = rest
             there = torch.stack([out, out], dim=-1)[..., 1]
-            triton.attention(query.transpose(0, 1).contiguous().transpose(0, 1), self.cache, *batch_and_params, there)
+            query = query.transpose(0, 1).contiguous().transpose(0, 1)
+            kernels.attention(query, self.cache, *batch_and_params, there)
             out.copy_(there)
 
     torch.testing.assert_close(run(Strided(), problem, torch.float32).double(), expected(problem), atol=2e-5, rtol=0.0)
@@ -223,12 +242,12 @@ def test_nan_reaches_the_output() -> None:
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
-def test_random_cases(case: Case, dtype: torch.dtype) -> None:
+@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from([triton, FLASH]))
+def test_random_cases(case: Case, dtype: torch.dtype, kernels: Kernels) -> None:
     problem = Problem.of(case, dtype)
     # The reference, proved in `test_kernels.py`, is the faster oracle.
     wanted = run(reference, problem, torch.float64)
-    got = run(triton, problem, dtype).double()
+    got = run(kernels, problem, dtype).double()
     torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=0.0)
 
 
