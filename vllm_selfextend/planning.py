@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -96,7 +97,11 @@ def read_config(model: str, max_model_len: int, engine_args: dict[str, Any]) -> 
         raise ValueError(f"vLLM has no argument {unknown[0]!r}; see the fields of vllm.engine.arg_utils.EngineArgs.")
     with widened_length_check() as check:
         arguments = {**engine_args, "model": model, "max_model_len": max_model_len}
-        model_config = EngineArgs(**arguments).create_model_config()
+        try:
+            model_config = EngineArgs(**arguments).create_model_config()
+        except ValidationError as error:  # what vLLM says, without what pydantic says about it
+            said = " ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+            raise ValueError(" ".join(said.split())) from error
     return model_config, check.derived_length
 
 

@@ -170,6 +170,13 @@ def test_draft_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         draft(odd, attention_backend="CUSTOM")
 
 
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^Invalid repository ID or local directory specified: .*") as found:
+        plan_report(str(tmp_path), 512, {})
+    assert "\n" not in str(found.value)
+    assert "pydantic" not in str(found.value)
+
+
 def test_a_draft_model_does_not_turn_it_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As vLLM 0.33 does with its V2 runner, which lowers the served length to the draft's while it is configured."""
 
