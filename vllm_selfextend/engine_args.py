@@ -24,7 +24,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from .backends import choose_kernels
 from .config import SelfExtendConfig
 from .kv_connectors import check_connector
-from .plan import CONFIG_KEY, ExtensionPlan, read_plan, write_plan
+from .plan import CONFIG_KEY, ExtensionPlan, write_plan
 from .support import SELF_EXTEND_WORKERS, unsupported_reason
 
 # vLLM's logging is set up for loggers below "vllm".
@@ -111,17 +111,19 @@ def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., 
         config = SelfExtendConfig.from_additional_config(self.additional_config)
         with widened_length_check() as check:
             vllm_config = original(self, *args, **kwargs)
-        plan = config.plan(check.derived_length, vllm_config.model_config.max_model_len)
-        apply_plan(vllm_config, plan)
+        plan = apply_plan(vllm_config, config.plan(check.derived_length, vllm_config.model_config.max_model_len))
         if vllm_config.kv_transfer_config is not None:
-            check_connector(vllm_config.kv_transfer_config, config, read_plan(vllm_config))
+            check_connector(vllm_config.kv_transfer_config, config, plan)
         return vllm_config
 
     return create_engine_config
 
 
-def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
+def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
     """Write the plan where every process finds it, and have the workers bind it to the model.
+
+    Returns:
+        The plan as written, which names the kernel set.
 
     Raises:
         ValueError: The model, or the way it is to be run, cannot work with Self-Extend.
@@ -144,7 +146,6 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
         vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
         if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
             _extend_draft(vllm_config.speculative_config, plan, device)
-        _check_draft_length(vllm_config)
         logger.info(
             "Self-Extend: trained length %d, group size %d, neighbor window %d, reaching %d of at most %d tokens (%s). "
             "Prompts within the trained length are answered %s.",
@@ -156,11 +157,14 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
             plan.reason,
             "as by the unmodified model" if plan.exact_short else "with grouped positions too",
         )
+    _limit_to_draft(vllm_config, plan)
     chosen = choose_kernels(plan.kernel, device)
     for name, why in chosen.missing.items():
         logger.warning("The %s kernels cannot be loaded (%s), so the slower %s kernels serve.", name, why, chosen.name)
     logger.info("Self-Extend's attention runs on the %s kernels.", chosen.name)
-    write_plan(vllm_config, dataclasses.replace(plan, kernel=chosen.name))
+    plan = dataclasses.replace(plan, kernel=chosen.name)
+    write_plan(vllm_config, plan)
+    return plan
 
 
 def _extend_draft(speculative_config: SpeculativeConfig, plan: ExtensionPlan, device: torch.device) -> None:
@@ -186,7 +190,7 @@ def _extend_draft(speculative_config: SpeculativeConfig, plan: ExtensionPlan, de
         draft.max_model_len = plan.max_model_len
 
 
-def _check_draft_length(vllm_config: VllmConfig) -> None:
+def _limit_to_draft(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
     """Make up for `limit_to_draft_later`.
 
     Raises:
@@ -198,7 +202,7 @@ def _check_draft_length(vllm_config: VllmConfig) -> None:
         return
     wanted = vllm_config.model_config.max_model_len
     limit()
-    if (reached := vllm_config.model_config.max_model_len) < wanted:
+    if plan.group_size > 1 and (reached := vllm_config.model_config.max_model_len) < wanted:
         draft = vllm_config.speculative_config.draft_model_config.model
         raise ValueError(
             f"The draft model {draft} reads {reached} tokens and is not extended, and vLLM's V2 model runner cannot "

@@ -1,9 +1,10 @@
-"""Keys that leave a process say how they lie in the cache.
+"""Keys that leave a process say what they are.
 
-What a slot holds depends on the group size and on how a kernel set lays out a block. vLLM's KV connectors know neither:
-files and stores go by a hash of the tokens and the model's name, and so do the handshakes of peers
-(`vllm/v1/kv_offload/file_mapper.py`, `vllm/distributed/kv_transfer/kv_connector/v1/`). So a connector is given a config
-whose model name says both, and finds nothing of another layout, nor of stock vLLM.
+How a key lies in a slot depends on the group size and on how a kernel set lays out a block, and what it is, past the
+first layer, on every number that changes what queries see. vLLM's KV connectors know none of it: files and stores go by
+a hash of the tokens and the model's name, and so do the handshakes of peers (`vllm/v1/kv_offload/file_mapper.py`,
+`vllm/distributed/kv_transfer/kv_connector/v1/`). So a connector is given a config whose model name says all of it, and
+finds nothing of other numbers or another layout, nor of stock vLLM.
 """
 
 import copy
@@ -61,8 +62,10 @@ def check_connector(kv_transfer_config: KVTransferConfig, settings: SelfExtendCo
 
 
 def cache_layout(plan: ExtensionPlan) -> str:
-    """What has to be equal for one engine to read what another stored."""
-    return f"self_extend-g{plan.group_size}-{load_kernels(plan.kernel).CACHE_LAYOUT}"
+    """What has to be equal for one engine to read what another stored: a name for it, fit for files."""
+    numbers = f"g{plan.group_size}-w{plan.neighbor_window}-l{plan.trained_length}"
+    switches = f"exact{plan.exact_len}-log{plan.log_scale_len}"
+    return f"self_extend-{numbers}-{switches}-{load_kernels(plan.kernel).CACHE_LAYOUT}"
 
 
 def tell_layout(original: Any) -> Any:

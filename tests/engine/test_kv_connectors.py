@@ -16,7 +16,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.kv_offload.file_mapper import FileMapper
 
 from vllm_selfextend import kv_connectors
-from vllm_selfextend.kv_connectors import with_layout
+from vllm_selfextend.binding import change_numbers
+from vllm_selfextend.kv_connectors import cache_layout, with_layout
+from vllm_selfextend.plan import read_plan
 
 from .models import VOCAB_SIZE
 
@@ -56,11 +58,18 @@ def test_files_are_read_by_the_same_layout_only(
     model = checkpoint("llama")
     # The unmodified model reads as far as the others if its config says so: RoPE needs no weights.
     stock = {"max_model_len": 256, "hf_overrides": {"max_position_embeddings": 256}}
-    engines = {"G 6": extended(6), "G 12": extended(12), "reference": extended(6, kernel="reference"), "stock": stock}
+    engines = {
+        "G 6": extended(6),
+        "G 12": extended(12),
+        "W 24": extended(6, neighbor_window=24),
+        "reference": extended(6, kernel="reference"),
+        "stock": stock,
+    }
     expected = {}
     for name, settings in engines.items():
         expected[name] = answer(start_engine(model, **settings, enable_prefix_caching=False))
     assert expected["G 6"] != expected["G 12"] != expected["stock"]
+    assert expected["W 24"] != expected["G 6"]
 
     connector = through("ExampleConnector", shared_storage_path=str(tmp_path))
 
@@ -115,4 +124,17 @@ def test_a_connector_that_cannot_be_told_is_named(checkpoint: Callable, monkeypa
     assert said == []
     configure(checkpoint, "MooncakeConnector", **extended(6))
     assert "MooncakeConnector" in said[0]
-    assert "self_extend-g6-cpu-1" in said[0]
+    assert "self_extend-g6-w16-l64-exact64-log0-cpu-1" in said[0]
+
+
+def test_every_number_that_changes_keys_is_in_the_name(checkpoint: Callable) -> None:
+    """Past the first layer keys depend on what queries before saw, so on all of them."""
+    changes = ({}, {"neighbor_window": 24}, {"trained_length": 60}, {"exact_short": False}, {"log_scale": True})
+    plans = [read_plan(configure(checkpoint, "OffloadingConnector", **extended(6, **change))) for change in changes]
+    assert len({cache_layout(plan) for plan in plans}) == len(changes)
+
+
+def test_numbers_do_not_change_below_a_connector(checkpoint: Callable) -> None:
+    vllm_config = configure(checkpoint, "OffloadingConnector", **extended(6), enforce_eager=True)
+    with pytest.raises(RuntimeError, match="whose keys leave it through a KV connector cannot be changed"):
+        change_numbers(None, vllm_config, 12, 16)

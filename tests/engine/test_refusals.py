@@ -147,15 +147,20 @@ def test_drafts_that_write_the_cache_themselves(tmp_path: Path) -> None:
     assert "the drafts of speculative method 'dflash' write the cache themselves" in reason
 
 
+def draft_model(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Speculation with a draft model of which only the config exists."""
+    (folder / "draft").mkdir(exist_ok=True)
+    (folder / "draft" / "config.json").write_text(json.dumps(config))
+    return {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2}
+
+
 def test_draft_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
 
     def draft(config: dict[str, Any], **settings: Any) -> Any:
-        (tmp_path / "draft").mkdir(exist_ok=True)
-        (tmp_path / "draft" / "config.json").write_text(json.dumps(config))
-        speculative = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2}
-        return configure(tmp_path, LLAMA, speculative_config=speculative | settings).speculative_config
+        speculative = draft_model(tmp_path, config) | settings
+        return configure(tmp_path, LLAMA, speculative_config=speculative).speculative_config
 
     extended = draft(LLAMA)
     assert (extended.attention_backend.name, extended.draft_model_config.max_model_len) == ("CUSTOM", 512)
@@ -194,11 +199,8 @@ def test_a_draft_model_does_not_turn_it_off(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(VllmConfig, "_limit_max_model_len_to_draft", limit, raising=False)
     plugin.register()
 
-    def start(draft: dict[str, Any]) -> Any:
-        (tmp_path / "draft").mkdir(exist_ok=True)
-        (tmp_path / "draft" / "config.json").write_text(json.dumps(draft))
-        speculative = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2}
-        return configure(tmp_path, LLAMA, speculative_config=speculative)
+    def start(draft: dict[str, Any], **settings: Any) -> Any:
+        return configure(tmp_path, LLAMA, speculative_config=draft_model(tmp_path, draft), **settings)
 
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
     for draft in (LLAMA, {**LLAMA, "rope_parameters": yarn}):
@@ -208,6 +210,9 @@ def test_a_draft_model_does_not_turn_it_off(tmp_path: Path, monkeypatch: pytest.
         assert vllm_config.speculative_config.draft_model_config.max_model_len == 512
     with pytest.raises(ValueError, match=r"draft reads 64 tokens and is not extended, and vLLM's V2 model runner"):
         start({**LLAMA, "head_dim": 24})
+    # Where nothing is grouped, vLLM's limit stands.
+    short = {**LLAMA, "max_position_embeddings": 32}
+    assert start(short, max_model_len=64).model_config.max_model_len == 32
 
 
 def test_images_whose_tokens_look_ahead(tmp_path: Path) -> None:
