@@ -1,5 +1,6 @@
 """Small random models of many architectures, their weights large enough that attention, and so positions, matter."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         },
     ),
 }
+
+
+def random_prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """Random tokens that none of the models takes for a special one."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
 def save_random_model(name: str, folder: Path) -> str:

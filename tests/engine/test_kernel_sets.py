@@ -14,7 +14,7 @@ from vllm_selfextend.attention import SelfExtendMetadataBuilder
 from vllm_selfextend.backends import KERNEL_SETS, KernelSet
 from vllm_selfextend.demo import MODEL_DIR
 
-from .models import VOCAB_SIZE
+from .models import random_prompts
 from .passkeys import make_prompt
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
@@ -32,8 +32,7 @@ def kernel_modules(llm: LLM) -> set[str]:
 
 
 def answers(llm: LLM) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(4)
-    texts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (3, 17, 48, 49, 130, 290)]
+    texts = random_prompts((3, 17, 48, 49, 130, 290), seed=4)
     outputs = llm.generate([{"prompt_token_ids": text} for text in texts], SAMPLING, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 

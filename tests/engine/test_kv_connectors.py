@@ -20,10 +20,10 @@ from vllm_selfextend.binding import change_numbers
 from vllm_selfextend.kv_connectors import cache_layout, with_layout
 from vllm_selfextend.plan import read_plan
 
-from .models import VOCAB_SIZE
+from .models import random_prompts
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, detokenize=False)
-PROMPT = torch.randint(3, VOCAB_SIZE, (200,), generator=torch.Generator().manual_seed(8)).tolist()
+(PROMPT,) = random_prompts([200], seed=8)
 
 
 def extended(group_size: int, **settings: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
-from .models import VOCAB_SIZE
+from .models import VOCAB_SIZE, random_prompts
 
 NEW_TOKENS = 12
 LENGTHS = (1, 5, 15, 16, 17, 40, 63, 64, 65, 127, 128, 129, 200, 513, 700, 1000)
@@ -19,8 +19,7 @@ SETTINGS = {
 
 
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
+    return random_prompts(LENGTHS, seed=1)
 
 
 def answers(llm: LLM, texts: list[list[int]]) -> list[list[int]]:

@@ -5,7 +5,6 @@ there: vLLM's own `_ngram_finalize_kernel` has a mask that the interpreter refus
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,33 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from vllm import LLM, SamplingParams
 
-from .conftest import ENGINE_DEFAULTS
-from .models import VOCAB_SIZE
+from .models import random_prompts
 
 NEW_TOKENS = 6
 LENGTHS = (5, 40, 65, 130)  # within the trained length of 64, just past it, and far past it
-SETTINGS = {**ENGINE_DEFAULTS, "attention_backend": "CUSTOM", "max_model_len": 160}
+SETTINGS = {"attention_backend": "CUSTOM", "max_model_len": 160}
 NUMBERS = {"group_size": 6, "neighbor_window": 16}
 
 
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(11)
-    return [torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist() for length in LENGTHS]
+    return random_prompts(LENGTHS, seed=11)
 
 
 @pytest.fixture(scope="module")
 def on_v2() -> Iterator[Callable[..., dict[str, Any]]]:
     """A function that runs a case on the V2 runner, all in one process."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "tests.engine.v2_runner"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
         cwd=Path(__file__).parents[2],
     ) as process:
         assert process.stdin is not None
@@ -114,7 +108,7 @@ def test_after_preemption(checkpoint: Callable, on_v1: Callable, on_v2: Callable
     # Room for 4 prompts of 4 blocks, 17 blocks in all: as the answers grow into a fifth block, some must give way.
     a_token = 3 * 2 * 2 * 32 * 4  # 3 layers, keys and values, 2 heads of 32 float32
     memory = {"kv_cache_memory_bytes": 18 * 16 * a_token, "block_size": 16, "enable_prefix_caching": False}
-    texts = torch.randint(3, VOCAB_SIZE, (4, 62), generator=torch.Generator().manual_seed(3)).tolist()
+    texts = random_prompts([62] * 4, seed=3)
     model = checkpoint("llama")
     expected = on_v1(serve(model, "cpu"), texts)
     found = on_v2(serve(model, "triton", **memory), texts)

@@ -7,17 +7,13 @@ they answer; a process of its own, since what a process runs on is settled when 
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
 def let_triton_run_on_cpus() -> None:
     """Make vLLM's CPU worker take the V2 runner: it does if Triton has a driver, whose kernels the interpreter runs."""
-    os.environ |= {
-        "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-    }
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     import torch
     import triton.backends
     from triton.backends.compiler import GPUTarget
@@ -52,36 +48,36 @@ def let_triton_run_on_cpus() -> None:
     driver.set_active(CpuDriver())
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Start an engine, put all prompts to it as often as asked, end it."""
-    import gc
+def run(case: dict[str, Any], start_engine: Callable[..., Any]) -> dict[str, Any]:
+    """Start an engine, and put all prompts to it as often as asked."""
+    from vllm import SamplingParams
 
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(**case["settings"])
+    llm = start_engine(**case["settings"])
     sampling = SamplingParams(temperature=0.0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": text} for text in case["prompts"]]
     answers = []
     for _ in range(case["rounds"]):
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
         answers.append([list(output.outputs[0].token_ids) for output in outputs])
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    found = {
+    runner = type(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+    return {
         "answers": answers,
-        "runner": f"{type(runner).__module__}.{type(runner).__qualname__}",
+        "runner": f"{runner.__module__}.{runner.__qualname__}",
         "counters": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
     }
-    llm.llm_engine.engine_core.shutdown()
-    del llm, runner
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    return found
+
+
+def main() -> None:
+    """Answer every line of stdin by one of stdout."""
+    let_triton_run_on_cpus()
+    from .conftest import engines
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not lie among the answers
+    with engines() as start_engine:
+        for line in sys.stdin:
+            print(json.dumps(run(json.loads(line), start_engine)), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    let_triton_run_on_cpus()
-    written = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not lie among the answers
-    for line in sys.stdin:
-        print(json.dumps(run(json.loads(line))), file=written, flush=True)
+    main()
