@@ -15,8 +15,8 @@ rotated at their true positions: `q = R(i) q0`, `k = R(j) k0`. Rotations add, so
 
 import bisect
 import functools
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -70,8 +70,11 @@ class AttentionParams:
         sliding_window: If not 0, a query sees the keys with `i - j < sliding_window` only.
         rotation: Needed where `group_size` is above 1.
         sinks: `[num_heads]` or None: a logit per head that takes part in the softmax and adds nothing to the output.
-        k_scale: An 8-bit cache holds keys divided by it.
-        v_scale: An 8-bit cache holds values divided by it.
+        k_scale: One float32, or None for 1: an 8-bit cache holds keys divided by it.
+        v_scale: The same of values.
+        prepared: Room for what a kernel set works out once per layer.
+
+    Sinks and scales are read in every call, so that weights may change in place.
 
     """
 
@@ -84,8 +87,9 @@ class AttentionParams:
     sliding_window: int = 0
     rotation: Rotation | None = None
     sinks: torch.Tensor | None = None
-    k_scale: float = 1.0
-    v_scale: float = 1.0
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def required_rotation(self) -> Rotation:
         """The rotation, for a layer that groups positions.
@@ -127,6 +131,7 @@ class AttentionBatch:
         block_table: `[num_reqs, max_blocks]`, int32: the cache block of each `block_size` positions.
         slot_mapping: `[num_tokens]`, int64: `block * block_size + offset` of each new token; negative: not stored.
         max_query_len: At least the largest number of new tokens that a request has; what a GPU launches depends on it.
+        max_seq_len: At least the largest of `seq_lens`; how fast a GPU is depends on it.
         workspace: `[Kernels.workspace_size]`, float32, or None: room for what a call works out on its way, allocated in
             the call where it is not given.
 
@@ -137,6 +142,7 @@ class AttentionBatch:
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     max_query_len: int
+    max_seq_len: int
     workspace: torch.Tensor | None = None
 
     @functools.cached_property
@@ -182,6 +188,28 @@ class Kernels(Protocol):
 
     def workspace_size(self, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
         """How many float32 numbers of `AttentionBatch.workspace` any call of such a layer needs."""
+        ...
+
+    def warm_up(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        params: AttentionParams,
+        out: torch.Tensor,
+    ) -> None:
+        """Compile what any call of a layer needs, so that no call has to; without that the first one does.
+
+        Args:
+            query: Like those of the calls, in all but the number of tokens, which is 2 at least.
+            key: Like `query`.
+            value: Like `query`.
+            kv_cache: The layer's.
+            params: The layer.
+            out: Like `query`; not written.
+
+        """
         ...
 
     def store_kv(

@@ -34,6 +34,17 @@ def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: to
     return 0
 
 
+def warm_up(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    params: AttentionParams,
+    out: torch.Tensor,
+) -> None:
+    """Nothing is compiled; see `interface.Kernels.warm_up`."""
+
+
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -51,7 +62,7 @@ def store_kv(
     block, offset = slots // block_size, slots % block_size
     if kv_cache.element_size() == 1:
         kv_cache = kv_cache.view(torch.uint8)
-        key, value = _to_fp8(key / params.k_scale), _to_fp8(value / params.v_scale)
+        key, value = _to_fp8(key / _scale(params.k_scale)), _to_fp8(value / _scale(params.v_scale))
     kv_cache[block, :, offset, :head_size] = key[stored].to(kv_cache.dtype)
     kv_cache[block, :, offset, head_size:] = value[stored].to(kv_cache.dtype)
 
@@ -96,6 +107,10 @@ def attention(
         out[tokens] = _attend(query[tokens].to(dtype), key, value, query_pos, key_pos, params).to(out.dtype)
 
 
+def _scale(scale: torch.Tensor | None) -> torch.Tensor | float:
+    return 1.0 if scale is None else scale
+
+
 def _gather(
     kv_cache: torch.Tensor,
     batch: AttentionBatch,
@@ -124,7 +139,7 @@ def _gather(
     kv = kv.transpose(1, 2).flatten(2, 3)[:, :, begin - stored_from : last - stored_from].to(dtype)
     key, value = kv.chunk(2, dim=-1)
     if kv_cache.element_size() == 1:
-        key, value = key * params.k_scale, value * params.v_scale
+        key, value = key * _scale(params.k_scale), value * _scale(params.v_scale)
     return key, value, torch.arange(begin, last, device=kv_cache.device)
 
 

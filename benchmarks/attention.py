@@ -42,8 +42,8 @@ from benchmarks.layers import (
     Heads,
     check_same,
     dtype_name,
+    make_batch,
     rotation_table,
-    step_tensors,
     three_digits,
     trained_length,
 )
@@ -135,8 +135,7 @@ class Case:
 
     def make_step(self, block_table: torch.Tensor, query_len: int) -> AttentionBatch:
         """The step in which the last `query_len` tokens of each request in `block_table` are new."""
-        tensors = step_tensors(block_table, self.load.context, query_len, self.block_size)
-        return AttentionBatch(**tensors, max_query_len=query_len)
+        return make_batch(block_table, self.load.context, query_len, self.block_size)
 
     def draw(self, step: AttentionBatch, num_heads: int) -> torch.Tensor:
         """Random queries, keys or values of a step's new tokens."""

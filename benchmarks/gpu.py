@@ -5,7 +5,7 @@ decode, prefill and store, one layer's call each:
 
 - **Bound** is the time that was predicted beforehand: bytes over the GPU's measured bandwidth (of a copy) or operations
   over its measured matrix rate, whichever is longer. Bytes are those of keys, values, queries and outputs, once each;
-  rows of cosines and sines that neighbors need come out of the L2 cache and do not count (the JSON lines list them).
+  cosines and sines, a row per tile of neighbors and a few that all tiles share, come out of the caches and do not count.
 - **G = 1** is our own kernel on the same cache without Self-Extend: ordinary attention.
 - **Flash** is the kernel set "flash": Self-Extend with FlashAttention for the grouped keys of a prefill, if vLLM or a
   package brings it along. It must give the answer of the Triton kernels, and is checked like them.
@@ -45,8 +45,8 @@ from benchmarks.layers import (
     Heads,
     check_same,
     dtype_name,
+    make_batch,
     rotation_table,
-    step_tensors,
     three_digits,
     trained_length,
 )
@@ -146,13 +146,6 @@ class Case:
         return batch * context * token * self.cache_dtype.itemsize + queries_and_outputs
 
     @property
-    def cos_sin_bytes(self) -> int:
-        """Bytes of cosines and sines that a decode's neighbors need: a row per key, request and KV head."""
-        is_exact = self.load.context <= self.trained_length
-        neighbors = self.load.context if is_exact else min(self.neighbor_window, self.load.context)
-        return self.load.batch * self.heads.num_kv_heads * neighbors * self.heads.head_size * 4
-
-    @property
     def operations(self) -> float:
         """Floating-point operations of the two products."""
         phase, batch, query_len, context, _ = self.load
@@ -187,8 +180,7 @@ class Case:
 
     def make_step(self, block_table: torch.Tensor, workspace: torch.Tensor) -> AttentionBatch:
         """The step in which the last `query_len` tokens of each request in `block_table` are new."""
-        tensors = step_tensors(block_table, self.load.context, self.load.query_len, self.block_size)
-        return AttentionBatch(**tensors, max_query_len=self.load.query_len, workspace=workspace)
+        return make_batch(block_table, self.load.context, self.load.query_len, self.block_size, workspace)
 
     def draw(self, num_heads: int, device: torch.device) -> torch.Tensor:
         """Random queries, keys or values of a step's new tokens."""
@@ -304,7 +296,6 @@ class Result(NamedTuple):
             "trained_length": case.trained_length,
             "block_size": case.block_size,
             "bytes": case.num_bytes,
-            "cos_sin_bytes": case.cos_sin_bytes if case.load.phase == "decode" else 0,
             "operations": case.operations,
             "predicted_ms": self.bound,
             "self_extend_ms": self.times.self_extend,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_selfextend.backends.interface import AttentionBatch
 from vllm_selfextend.positions import capacity
 from vllm_selfextend.rotary import cos_sin
 
@@ -49,17 +50,22 @@ def rotation_table(num_steps: int, head_size: int) -> torch.Tensor:
     return cos_sin(frequencies, 0, num_steps)
 
 
-def step_tensors(block_table: torch.Tensor, context: int, query_len: int, block_size: int) -> dict[str, torch.Tensor]:
-    """An `AttentionBatch`'s tensors: the last `query_len` of each request's `context` tokens are new."""
+def make_batch(
+    block_table: torch.Tensor, context: int, query_len: int, block_size: int, workspace: torch.Tensor | None = None
+) -> AttentionBatch:
+    """The last `query_len` of each request's `context` tokens are new."""
     num_reqs, device = len(block_table), block_table.device
     positions = torch.arange(context - query_len, context, device=device)
     slots = block_table[:, positions // block_size].long() * block_size + positions % block_size
-    return {
-        "query_start_loc": torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * query_len,
-        "seq_lens": torch.full((num_reqs,), context, dtype=torch.int32, device=device),
-        "block_table": block_table,
-        "slot_mapping": slots.flatten(),
-    }
+    return AttentionBatch(
+        query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * query_len,
+        seq_lens=torch.full((num_reqs,), context, dtype=torch.int32, device=device),
+        block_table=block_table,
+        slot_mapping=slots.flatten(),
+        max_query_len=query_len,
+        max_seq_len=context,
+        workspace=workspace,
+    )
 
 
 def check_same(what: str, answer: torch.Tensor, other: torch.Tensor) -> None:

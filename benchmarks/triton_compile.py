@@ -30,22 +30,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from triton.backends.compiler import GPUTarget
 
-from vllm_selfextend.backends.flash.grouped import FarQueries
+from benchmarks.no_device import TARGETS, NoDevice
+from vllm_selfextend.backends.flash.grouped import FarQueries, far_layer
 from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Rotation
 from vllm_selfextend.backends.triton.launches import Far, Launch, attention_launches, store_launch
-from vllm_selfextend.backends.triton.tiles import Device
-
-TARGETS = {
-    "sm_80": Device(GPUTarget("cuda", 80, 32), 108),
-    "sm_89": Device(GPUTarget("cuda", 89, 32), 58),
-    "sm_90": Device(GPUTarget("cuda", 90, 32), 132),
-    "sm_100": Device(GPUTarget("cuda", 100, 32), 148),
-    "sm_120": Device(GPUTarget("cuda", 120, 32), 170),
-    "gfx942": Device(GPUTarget("hip", "gfx942", 64), 304),
-}
-"""A100, L4, H100, B200, RTX 5090, MI300X."""
 
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """What a program can have: CUDA C++ Programming Guide, compute capabilities; CDNA 3 instruction set, LDS."""
@@ -94,6 +83,7 @@ class Specialisation:
             block_table=empty(num_reqs, 1024),
             slot_mapping=empty(num_tokens, dtype=torch.int64),
             max_query_len=query_len,
+            max_seq_len=16384,
         )
         params = AttentionParams(
             scale=self.head_size**-0.5,
@@ -109,12 +99,12 @@ class Specialisation:
         attend_far = None
         if self.step == "neighbors":  # beside FlashAttention
             queries = FarQueries.empty(query, num_reqs)
-            yield from queries.launches(query, batch, params, 0)
+            yield from far_layer(query, params).launches(query, queries, batch.query_start_loc, batch.seq_lens, 0)
             far = Far(query, empty(query.shape[1], num_tokens, dtype=torch.float32), queries.start_loc)
             attend_far = lambda decode_len: far  # noqa: E731
         elif self.step != "split decode":  # whose store is the decode's
             yield store_launch(key, key, kv_cache, batch, params)
-        yield from attention_launches(query, kv_cache, batch, params, query, TARGETS[self.target], attend_far)
+        yield from attention_launches(query, kv_cache, batch, params, query, attend_far, TARGETS[self.target])
 
 
 @dataclass(frozen=True)
@@ -144,36 +134,21 @@ class Compiled:
         return found
 
 
-class NoDevice:
-    """Stands in for the driver of a GPU that is not there, so that Triton compiles for it as at a launch."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 def compile_all(one: Specialisation) -> list[Compiled]:
     """Compile the launches of a specialisation."""
     target = TARGETS[one.target].target
     triton.runtime.driver.set_active(NoDevice(target))
     compiled = []
     for launch in one.launches():
-        launch.kernel.device_caches.clear()  # kernels compiled for another target
-        binary = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
-        tiles = [launch.arguments.get(name, 0) for name in ("BLOCK_M", "FAR_N", "NEAR_N", "num_warps")]
+        kernel = launch.kernel.kernel
+        kernel.device_caches.clear()  # kernels compiled for another target
+        binary = launch.kernel.compile(*launch.step)
+        tiles = [launch.kernel.constants.get(name, 0) for name in ("BLOCK_M", "FAR_N", "NEAR_N", "num_warps")]
         code = disassemble(binary)
         compiled.append(
             Compiled(
                 one,
-                kernel=launch.kernel.__name__.removesuffix("_kernel"),
+                kernel=kernel.__name__.removesuffix("_kernel"),
                 tiles="x".join(map(str, tiles)) if all(tiles) else "",
                 registers=count_registers(binary),
                 spills=len(SPILL.findall(code)),

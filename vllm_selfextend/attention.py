@@ -121,6 +121,7 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping[:num_tokens],
             max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
             workspace=self.workspace,
         )
         return SelfExtendMetadata(batch, num_tokens)
@@ -179,6 +180,19 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.plan, self.rotation = plan, rotation
         self.params = None
 
+    def warm_up(self, layer: AttentionLayer, dtype: torch.dtype) -> None:
+        """Compile what serving the layer needs; its cache is allocated, and its queries will have that dtype."""
+        heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
+        qkv = torch.empty(2, sum(heads), self.head_size, dtype=dtype, device=layer.kv_cache.device)
+        query, key, value = qkv.split(heads, dim=1)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        self.kernels.warm_up(query, key, value, layer.kv_cache, self._params(layer), out)
+
+    def _params(self, layer: AttentionLayer) -> AttentionParams:
+        if self.params is None:  # made once the layer is bound and its weights are loaded
+            self.params = self._make_params(layer)
+        return self.params
+
     def _make_params(self, layer: AttentionLayer) -> AttentionParams:
         if self.extends and self.rotation is None:
             raise RuntimeError(f"{layer} was not bound to its rotation after the model was loaded.")
@@ -192,9 +206,9 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
             soft_cap=self.soft_cap,
             sliding_window=self.sliding_window or 0,
             rotation=self.rotation,
-            sinks=None if self.sinks is None else self.sinks.float(),
-            k_scale=layer._k_scale_float if is_quantized else 1.0,
-            v_scale=layer._v_scale_float if is_quantized else 1.0,
+            sinks=self.sinks,
+            k_scale=layer._k_scale if is_quantized else None,
+            v_scale=layer._v_scale if is_quantized else None,
         )
 
     def forward(
@@ -227,11 +241,9 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
             raise NotImplementedError("Self-Extend does not write quantized attention output.")
         if attn_metadata is None:
             return output.zero_()
-        if self.params is None:
-            # Not before: sinks and scales are loaded with the weights.
-            self.params = self._make_params(layer)
+        params = self._params(layer)
         num_tokens, batch = attn_metadata.num_actual_tokens, attn_metadata.batch
         if not self.shares_kv_cache and key is not None and value is not None:
-            self.kernels.store_kv(key[:num_tokens], value[:num_tokens], kv_cache, batch, self.params)
-        self.kernels.attention(query[:num_tokens], kv_cache, batch, self.params, output[:num_tokens])
+            self.kernels.store_kv(key[:num_tokens], value[:num_tokens], kv_cache, batch, params)
+        self.kernels.attention(query[:num_tokens], kv_cache, batch, params, output[:num_tokens])
         return output

@@ -1,7 +1,10 @@
-"""What Self-Extend adds to vLLM's workers, whatever they run on: two steps around the loaded model."""
+"""What Self-Extend adds to vLLM's workers, whatever they run on: what a loaded model needs before it serves."""
 
 from typing import Any
 
+from vllm.model_executor.layers.attention import Attention
+
+from .attention import SelfExtendImpl
 from .binding import bind_models, change_numbers
 
 
@@ -15,6 +18,13 @@ class SelfExtendWorker:
         """Load the model, and give its layers their rotations."""
         super().load_model(**kwargs)  # type: ignore[misc]
         bind_models(self.model_runner, self.vllm_config)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Compile the layers' kernels, the draft model's too, so that no request waits for that."""
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():
+            if isinstance(layer, Attention) and isinstance(layer.impl, SelfExtendImpl):
+                layer.impl.warm_up(layer, self.vllm_config.model_config.dtype)
+        return super().compile_or_warm_up_model()  # type: ignore[misc]
 
     def change_numbers(self, group_size: int, neighbor_window: int) -> None:
         """Go on with other numbers; called through vLLM's `collective_rpc`. See `binding.change_numbers`."""

@@ -66,6 +66,17 @@ def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: to
     return 0
 
 
+def warm_up(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    params: AttentionParams,
+    out: torch.Tensor,
+) -> None:
+    """Nothing is compiled; see `interface.Kernels.warm_up`."""
+
+
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,

@@ -59,7 +59,7 @@ void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Te
                const std::optional<at::Tensor>& cos_sin, bool interleaved, const std::string& instruction_set,
                double scale, int64_t group_size, int64_t neighbor_window, int64_t exact_len, int64_t log_scale_len,
                double soft_cap, int64_t sliding_window, int64_t num_positions, const std::optional<at::Tensor>& sinks,
-               double k_scale, double v_scale) {
+               const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale) {
   const Kernel& kernel = find_kernel(instruction_set);
   const Rows queries = rows_of(query, "query"), outputs = rows_of(out, "out");
   TORCH_CHECK_VALUE(query.sizes() == out.sizes(), "out is ", out.sizes(), "; it must be as query, ", query.sizes());
@@ -73,7 +73,7 @@ void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Te
   layer.soft_cap = static_cast<float>(soft_cap);
   layer.log_scale = log_scale_len > 0 ? static_cast<float>(1.0 / std::log(static_cast<double>(log_scale_len))) : 0.0f;
   set_rotation(layer, cos_sin, interleaved, num_positions, requests.longest);
-  set_sinks(layer, sinks);
+  const at::Tensor kept = set_sinks(layer, sinks);
 
   const Work work = split_batch(layer, requests, kernel.preferred_rows(layer.head_size), at::get_num_threads());
   thread_local ThreadMemory partial_memory;
@@ -91,8 +91,8 @@ void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Te
 
 void store_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache, const at::Tensor& positions,
               const at::Tensor& slot_mapping, const std::optional<at::Tensor>& cos_sin, bool interleaved,
-              const std::string& instruction_set, int64_t group_size, int64_t num_positions, double k_scale,
-              double v_scale) {
+              const std::string& instruction_set, int64_t group_size, int64_t num_positions,
+              const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale) {
   const Kernel& kernel = find_kernel(instruction_set);
   const Rows keys = rows_of(key, "key"), values = rows_of(value, "value");
   TORCH_CHECK_VALUE(key.sizes() == value.sizes(), "value is ", value.sizes(), "; it must be as key, ", key.sizes());
@@ -116,12 +116,12 @@ constexpr const char* kAttention = R"(attention(
     Tensor query, Tensor kv_cache, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor(a!) out,
     Tensor? cos_sin, bool interleaved, str instruction_set,
     float scale, int group_size, int neighbor_window, int exact_len, int log_scale_len, float soft_cap,
-    int sliding_window, int num_positions, Tensor? sinks, float k_scale, float v_scale) -> ())";
+    int sliding_window, int num_positions, Tensor? sinks, Tensor? k_scale, Tensor? v_scale) -> ())";
 
 constexpr const char* kStoreKv = R"(store_kv(
     Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor positions, Tensor slot_mapping,
     Tensor? cos_sin, bool interleaved, str instruction_set,
-    int group_size, int num_positions, float k_scale, float v_scale) -> ())";
+    int group_size, int num_positions, Tensor? k_scale, Tensor? v_scale) -> ())";
 
 }  // namespace
 

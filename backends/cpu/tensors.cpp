@@ -93,15 +93,27 @@ Tokens tokens_of(const at::Tensor& positions, const at::Tensor& slot_mapping, in
   return {num_tokens, position, slot, longest};
 }
 
-Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size, double k_scale, double v_scale) {
+namespace {
+
+float scale_of(const std::optional<at::Tensor>& scale, const char* name) {
+  if (!scale.has_value()) return 1.0f;
+  TORCH_CHECK_VALUE(scale->scalar_type() == at::kFloat && scale->numel() == 1, name, " must be one float32; it is ",
+                    scale->sizes(), " of ", scale->scalar_type());
+  return *scale->const_data_ptr<float>();
+}
+
+}  // namespace
+
+Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size,
+               const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale) {
   Layer layer{};
   layer.num_heads = static_cast<int>(rows.size(1));
   layer.num_kv_heads = static_cast<int>(kv_cache.size(1));
   layer.head_size = static_cast<int>(rows.size(2));
   layer.block_size = static_cast<int>(kv_cache.size(2));
   layer.group_size = static_cast<int>(group_size);
-  layer.k_scale = static_cast<float>(k_scale);
-  layer.v_scale = static_cast<float>(v_scale);
+  layer.k_scale = scale_of(k_scale, "k_scale");
+  layer.v_scale = scale_of(v_scale, "v_scale");
   TORCH_CHECK_VALUE(layer.head_size % kPanel == 0 && layer.head_size <= kMaxHeadSize, "head_size is ", layer.head_size,
                     "; it must be a multiple of ", kPanel, " up to ", kMaxHeadSize, ".");
   TORCH_CHECK_VALUE(layer.num_heads % layer.num_kv_heads == 0, "num_heads is ", layer.num_heads,
@@ -125,12 +137,13 @@ void set_rotation(Layer& layer, const std::optional<at::Tensor>& cos_sin, bool i
   layer.interleaved = interleaved;
 }
 
-void set_sinks(Layer& layer, const std::optional<at::Tensor>& sinks) {
-  if (!sinks.has_value()) return;
-  TORCH_CHECK_VALUE(sinks->scalar_type() == at::kFloat && sinks->is_contiguous() && sinks->numel() == layer.num_heads,
-                    "sinks must be ", layer.num_heads, " values of float32; they are ", sinks->sizes(), " of ",
-                    sinks->scalar_type());
-  layer.sinks = sinks->const_data_ptr<float>();
+at::Tensor set_sinks(Layer& layer, const std::optional<at::Tensor>& sinks) {
+  if (!sinks.has_value()) return {};
+  TORCH_CHECK_VALUE(sinks->is_floating_point() && sinks->numel() == layer.num_heads, "sinks must be ", layer.num_heads,
+                    " floating-point values; they are ", sinks->sizes(), " of ", sinks->scalar_type());
+  at::Tensor kept = sinks->to(at::kFloat).contiguous();
+  layer.sinks = kept.const_data_ptr<float>();
+  return kept;
 }
 
 }  // namespace selfextend

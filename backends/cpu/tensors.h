@@ -33,13 +33,15 @@ Tokens tokens_of(const at::Tensor& positions, const at::Tensor& slot_mapping, in
                  const at::Tensor& kv_cache);
 
 // The part of a layer that both calls need; `rows` are its queries or its keys.
-Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size, double k_scale, double v_scale);
+Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size,
+               const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale);
 
 // Gives a layer that groups positions its rotation, which reaches `num_positions` positions of a sequence
 // (interface.AttentionParams.num_positions); the batch's longest sequence has `longest`.
 void set_rotation(Layer& layer, const std::optional<at::Tensor>& cos_sin, bool interleaved, int64_t num_positions,
                   int64_t longest);
 
-void set_sinks(Layer& layer, const std::optional<at::Tensor>& sinks);
+// Gives a layer its sinks; what is returned holds them and must be kept.
+at::Tensor set_sinks(Layer& layer, const std::optional<at::Tensor>& sinks);
 
 }  // namespace selfextend

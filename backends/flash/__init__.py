@@ -16,9 +16,8 @@ import torch
 from .. import triton
 from ..interface import AttentionBatch, AttentionParams
 from ..triton import launches
-from ..triton.tiles import find_device
 from .functions import FlashAttention, find_flash_attention
-from .grouped import attend_far
+from .grouped import attend_far, far_layer
 
 __all__ = ["FlashAttention", "FlashKernels", "find_flash_attention"]
 
@@ -45,6 +44,23 @@ class FlashKernels:
         """See `interface.Kernels.unsupported_head_size`."""
         return triton.unsupported_head_size(head_size) or self.flash_attention.unsupported_head_size(head_size)
 
+    def warm_up(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        params: AttentionParams,
+        out: torch.Tensor,
+    ) -> None:
+        """See `interface.Kernels.warm_up`."""
+        if self._takes(query, kv_cache, params):
+            launches.store_layer(key, value, kv_cache, params)
+            launches.attention_layer(query, kv_cache, out, params, has_far=True)
+            far_layer(query, params)
+        else:
+            triton.warm_up(query, key, value, kv_cache, params, out)
+
     def attention(
         self,
         query: torch.Tensor,
@@ -59,8 +75,12 @@ class FlashKernels:
             ValueError: FlashAttention does not take blocks of this size.
 
         """
-        takes = params.group_size > 1 and not params.sliding_window
-        takes = takes and self.flash_attention.takes(query.dtype, kv_cache.dtype)
+        takes = self._takes(query, kv_cache, params)
         far = functools.partial(attend_far, self.flash_attention, query, kv_cache, batch, params) if takes else None
-        for launch in launches.attention_launches(query, kv_cache, batch, params, out, find_device(query.device), far):
+        for launch in launches.attention_launches(query, kv_cache, batch, params, out, far):
             launch()
+
+    def _takes(self, query: torch.Tensor, kv_cache: torch.Tensor, params: AttentionParams) -> bool:
+        """Whether the grouped keys of a layer's prefills are FlashAttention's."""
+        is_grouped = params.group_size > 1 and not params.sliding_window
+        return is_grouped and self.flash_attention.takes(query.dtype, kv_cache.dtype)

@@ -8,7 +8,9 @@ from ..triton.batch import find_request
 from ..triton.rotation import load_grouped_cos_sin, source, turn
 
 
-@triton.jit(do_not_specialize=["num_reqs", "decode_len"])
+@triton.jit(
+    do_not_specialize=["num_reqs", "decode_len"], do_not_specialize_on_alignment=["query_start_loc", "seq_lens"]
+)
 def count_kernel(
     far_start_loc,
     far_keys,
@@ -39,15 +41,15 @@ def count_kernel(
         total += tl.sum(count, 0)
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=["query_start_loc", "seq_lens"])
 def turn_kernel(
     query,
     far_query,
     query_start_loc,
     seq_lens,
     far_start_loc,
-    cos_sin,
     num_reqs,
+    cos_sin,
     query_token_stride,
     query_head_stride,
     query_dim_stride,

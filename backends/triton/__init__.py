@@ -50,6 +50,20 @@ def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: to
     return launches.workspace_size(num_heads, num_kv_heads, head_size, find_device(device))
 
 
+def warm_up(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    params: AttentionParams,
+    out: torch.Tensor,
+) -> None:
+    """See `interface.Kernels.warm_up`."""
+    kv_cache = launches.as_stored(kv_cache)
+    launches.store_layer(key, value, kv_cache, params)
+    launches.attention_layer(query, kv_cache, out, params, has_far=False)
+
+
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -69,5 +83,5 @@ def attention(
     out: torch.Tensor,
 ) -> None:
     """See `interface.Kernels.attention`."""
-    for launch in launches.attention_launches(query, kv_cache, batch, params, out, find_device(query.device)):
+    for launch in launches.attention_launches(query, kv_cache, batch, params, out):
         launch()

@@ -40,30 +40,56 @@ def log_factor(position, log_scale):
 
 
 @triton.jit
+def find_keys(seq_len, first_position, TOKENS: tl.constexpr, SLIDING_WINDOW: tl.constexpr, FAR_N: tl.constexpr):
+    """Which keys `TOKENS` queries from `first_position` on see, whole tiles: the first one's position, and the end."""
+    begin = 0
+    if SLIDING_WINDOW > 0:
+        begin = tl.maximum(first_position - SLIDING_WINDOW + 1, 0) // FAR_N * FAR_N
+    return begin, tl.minimum(first_position + TOKENS, seq_len)
+
+
+@triton.jit
+def find_share(num_keys, num_splits, wanted_splits, FAR_N: tl.constexpr, LONGEST_SHARE: tl.constexpr):
+    """How many keys of a context each program takes, in whole tiles.
+
+    A `wanted_splits`th, `LONGEST_SHARE` at most, if `num_splits` programs can do all of them then.
+    """
+    tiles = tl.cdiv(num_keys, FAR_N)
+    share = tl.minimum(tl.cdiv(tiles, wanted_splits), LONGEST_SHARE // FAR_N)
+    return tl.maximum(share, tl.cdiv(tiles, num_splits)) * FAR_N
+
+
+@triton.jit
 def load_kv(pointers, mask, MASKED: tl.constexpr, DTYPE: tl.constexpr, IS_FP8: tl.constexpr, HAS_FP8: tl.constexpr):
     """Keys or values, as they lie in the cache, in `DTYPE`; `MASKED` says whether `mask` is more than all true."""
     x = tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
     return from_fp8(x, DTYPE, HAS_FP8) if IS_FP8 else x.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["num_reqs", "decode_len"])
+@triton.jit(
+    do_not_specialize=["num_reqs", "decode_len", "wanted_splits", "table_stride", "far_lse_stride"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table"],
+)
 def attention_kernel(
     query,
     kv_cache,
     out,
-    partial_output,
-    partial_largest,
-    partial_total,
+    workspace,
     query_start_loc,
     seq_lens,
     block_table,
-    cos_sin,
-    sinks,
     far_output,
     far_lse,
     far_start_loc,
     num_reqs,
     decode_len,
+    wanted_splits,
+    table_stride,
+    far_lse_stride,
+    cos_sin,
+    sinks,
+    k_scale,
+    v_scale,
     query_token_stride,
     query_head_stride,
     query_dim_stride,
@@ -73,14 +99,9 @@ def attention_kernel(
     cache_block_stride,
     cache_head_stride,
     cache_token_stride,
-    table_stride,
-    far_token_stride,
-    far_head_stride,
-    far_lse_stride,
     scale,
     log_scale,
     soft_cap,
-    v_scale,
     EXACT_LEN: tl.constexpr,
     NEIGHBOR_WINDOW: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
@@ -89,8 +110,8 @@ def attention_kernel(
     INTERLEAVED: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_LOG_SCALE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
     HAS_FAR: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
@@ -99,6 +120,7 @@ def attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     IS_DECODE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    LONGEST_SHARE: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     FAR_N: tl.constexpr,
@@ -112,7 +134,8 @@ def attention_kernel(
     """One program per block of `TOKENS` queries, KV head and, in a decode, share of the context.
 
     Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`. Requests with at most `decode_len`
-    new tokens are the decode's, the others the prefill's; each launch leaves the other's alone.
+    new tokens are the decode's, the others the prefill's; each launch leaves the other's alone. Arguments up to
+    `far_lse_stride` are the step's, the others the layer's.
 
     `HAS_FAR` says that the grouped keys have been attended to elsewhere (`launches.Far`): what came of it is where the
     softmax goes on with the neighbors.
@@ -132,8 +155,17 @@ def attention_kernel(
         first_token = (index - (tl.load(query_start_loc + request) // TOKENS + request)) * TOKENS
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
-    if (first_token < query_len) & ((query_len <= decode_len) == IS_DECODE):
-        seq_len = tl.load(seq_lens + request)
+    seq_len = tl.load(seq_lens + request)
+    # Which keys: those that any row sees, of these the program's share.
+    first_position = seq_len - query_len + first_token
+    begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, FAR_N)
+    last_position = end - 1
+    if IS_SPLIT:
+        share = find_share(end - begin, tl.num_programs(2), wanted_splits, FAR_N, LONGEST_SHARE)
+        begin += tl.program_id(2) * share
+        end = tl.minimum(begin + share, end)
+    is_its = (first_token < query_len) & ((query_len <= decode_len) == IS_DECODE)
+    if is_its & (begin < end):
         rows = tl.arange(0, BLOCK_M)
         row_token = first_token + rows // HEADS
         row_mask = (rows < TOKENS * HEADS) & (row_token < query_len)
@@ -141,22 +173,13 @@ def attention_kernel(
         head = kv_head * HEADS + rows % HEADS
         position = seq_len - query_len + row_token
         row_scale = tl.full([BLOCK_M], scale, tl.float32)
+        if k_scale is not None:
+            row_scale *= tl.load(k_scale)
         if HAS_LOG_SCALE:
             row_scale *= log_factor(position, log_scale)
         if not HAS_SOFT_CAP:
             row_scale *= LOG2_E
 
-        # Which keys: those that any row sees, of these the program's share, whole tiles.
-        first_position = seq_len - query_len + first_token
-        last_position = tl.minimum(first_position + TOKENS, seq_len) - 1
-        begin = 0
-        if SLIDING_WINDOW > 0:
-            begin = tl.maximum(first_position - SLIDING_WINDOW + 1, 0) // FAR_N * FAR_N
-        end = last_position + 1
-        if IS_SPLIT:
-            share = tl.cdiv(tl.cdiv(end - begin, FAR_N), tl.num_programs(2)) * FAR_N
-            begin += tl.program_id(2) * share
-            end = tl.minimum(begin + share, end)
         # Up to `far_end` lie whole tiles that every row sees, and, where positions are grouped, as grouped keys only.
         # From `near_begin` on, every row has neighbors only.
         if GROUP_SIZE > 1:
@@ -207,7 +230,7 @@ def attention_kernel(
             has_far = row_mask & (far_row >= tl.load(far_start_loc + request))
             largest = tl.load(far_lse + head * far_lse_stride + far_row, mask=has_far, other=float("-inf")) * LOG2_E
             total = tl.where(has_far, 1.0, 0.0)
-            from_far = far_output + (far_row.to(tl.int64) * far_token_stride + head * far_head_stride)[:, None] + dims
+            from_far = far_output + ((far_row.to(tl.int64) * NUM_HEADS + head) * HEAD_SIZE)[:, None] + dims
             output = tl.load(from_far, mask=has_far[:, None] & dim_mask, other=0.0).to(tl.float32)
         table = block_table + request.to(tl.int64) * table_stride
         heads = kv_cache + kv_head.to(tl.int64) * cache_head_stride
@@ -263,8 +286,15 @@ def attention_kernel(
                         pairs_mask = key_mask[:, None] & pair_mask
                         k_first = load_kv(slot + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
                         k_second = load_kv(slot + half + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
-                        lag = keys - keys // GROUP_SIZE
-                        key_cosine, key_sine = load_cos_sin(cos_sin, lag, pairs_mask, pairs, ROTARY_DIM)
+                        # The tile's first key is turned by so much, the others by a few steps more.
+                        base = tile - tile // GROUP_SIZE
+                        base_cosine, base_sine = load_cos_sin(
+                            cos_sin, tl.full([1], base, tl.int32), pair_mask, pairs, ROTARY_DIM
+                        )
+                        steps = keys - keys // GROUP_SIZE - base
+                        step_cosine, step_sine = load_cos_sin(cos_sin, steps, pairs_mask, pairs, ROTARY_DIM)
+                        key_cosine = base_cosine * step_cosine - base_sine * step_sine
+                        key_sine = base_sine * step_cosine + base_cosine * step_sine
                         k_first32, k_second32 = k_first.to(tl.float32), k_second.to(tl.float32)
                         turned_first, turned_second = turn(k_first32, k_second32, key_cosine, key_sine, DTYPE)
                         near = multiply(near_first, tl.trans(turned_first), scores, IS_INTERPRETED)
@@ -319,46 +349,56 @@ def attention_kernel(
         mask = row_mask[:, None] & dim_mask
         if IS_SPLIT:
             program = (tl.program_id(0) * tl.num_programs(1) + kv_head) * tl.num_programs(2) + tl.program_id(2)
+            num_rows = (tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)).to(tl.int64) * BLOCK_M
             row = program.to(tl.int64) * BLOCK_M + rows
-            tl.store(partial_largest + row, largest, mask=row_mask)
-            tl.store(partial_total + row, total, mask=row_mask)
-            if begin < end:  # else the total is 0
-                tl.store(partial_output + row[:, None] * HEAD_SIZE + dims, output, mask=mask)
+            tl.store(workspace + row[:, None] * HEAD_SIZE + dims, output, mask=mask)
+            tl.store(workspace + num_rows * HEAD_SIZE + row, largest, mask=row_mask)
+            tl.store(workspace + num_rows * (HEAD_SIZE + 1) + row, total, mask=row_mask)
         else:
-            if HAS_SINKS:
-                sink = tl.load(sinks + head, mask=row_mask, other=0.0) * LOG2_E
+            if sinks is not None:
+                sink = tl.load(sinks + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
                 new_largest = tl.maximum(largest, sink)
                 decay = tl.exp2(largest - new_largest)
                 output = output * decay[:, None]
                 total = total * decay + tl.exp2(sink - new_largest)
-            output = output * (v_scale / total)[:, None]
+            if v_scale is not None:
+                output *= tl.load(v_scale)
+            output = output / total[:, None]
             to = out + (token * out_token_stride + head * out_head_stride)[:, None] + dims * out_dim_stride
             tl.store(to, output.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["decode_len", "num_splits"])
+@triton.jit(
+    do_not_specialize=["decode_len", "wanted_splits", "num_splits"],
+    do_not_specialize_on_alignment=["query_start_loc", "seq_lens"],
+)
 def merge_kernel(
-    partial_output,
-    partial_largest,
-    partial_total,
     out,
+    workspace,
     query_start_loc,
-    sinks,
+    seq_lens,
     decode_len,
+    wanted_splits,
     num_splits,
+    sinks,
+    v_scale,
     out_token_stride,
     out_head_stride,
     out_dim_stride,
-    v_scale,
-    HAS_SINKS: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
+    LONGEST_SHARE: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    FAR_N: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Join the shares of one token's head: one program each, `SPLITS` shares at a time, in the order of their keys."""
+    """Join the shares of one token's head: one program each, `SPLITS` shares at a time, in the order of their keys.
+
+    Arguments up to `num_splits` are the step's, the others the layer's.
+    """
     LOG2_E: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(decode_len, TOKENS)
     request = tl.program_id(0) // decode_len
@@ -367,30 +407,40 @@ def merge_kernel(
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
     if (request_token < query_len) & (query_len <= decode_len):
+        seq_len = tl.load(seq_lens + request)
+        first_position = seq_len - query_len + request_token // TOKENS * TOKENS
+        begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, FAR_N)
+        shares = tl.cdiv(end - begin, find_share(end - begin, num_splits, wanted_splits, FAR_N, LONGEST_SHARE))
+        num_kv_heads = tl.num_programs(1) // HEADS
         block = request * blocks + request_token // TOKENS
-        first_row = (block * (tl.num_programs(1) // HEADS) + head // HEADS).to(tl.int64) * num_splits * BLOCK_M
+        first_row = (block * num_kv_heads + head // HEADS).to(tl.int64) * num_splits * BLOCK_M
         first_row += request_token % TOKENS * HEADS + head % HEADS
+        num_rows = (tl.num_programs(0) // decode_len * blocks * num_kv_heads * num_splits).to(tl.int64) * BLOCK_M
         dims = tl.arange(0, HEAD_SIZE_PADDED)
         output = tl.zeros([HEAD_SIZE_PADDED], tl.float32)
         largest = tl.full([], float("-inf"), tl.float32)
         total = tl.full([], 0.0, tl.float32)
-        if HAS_SINKS:
-            largest = tl.load(sinks + head) * LOG2_E
+        if sinks is not None:
+            largest = tl.load(sinks + head).to(tl.float32) * LOG2_E
             total = tl.full([], 1.0, tl.float32)
-        for first_split in range(0, num_splits, SPLITS):
-            splits = first_split + tl.arange(0, SPLITS)
-            row = first_row + splits * BLOCK_M
-            theirs = tl.load(partial_largest + row, mask=splits < num_splits, other=float("-inf"))
-            their_total = tl.load(partial_total + row, mask=splits < num_splits, other=0.0)
+        for first_share in range(0, shares, SPLITS):
+            share = first_share + tl.arange(0, SPLITS)
+            share_mask = share < shares
+            row = first_row + share * BLOCK_M
+            theirs = tl.load(workspace + num_rows * HEAD_SIZE + row, mask=share_mask, other=float("-inf"))
+            their_total = tl.load(workspace + num_rows * (HEAD_SIZE + 1) + row, mask=share_mask, other=0.0)
             new_largest = tl.maximum(largest, tl.max(theirs, 0))
+            # A share of what slid out of the window has seen nothing.
             base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             weight = tl.exp2(theirs - base)
             decay = tl.exp2(largest - base)
             total = total * decay + tl.sum(their_total * weight, 0)
-            mask = (their_total != 0.0)[:, None] & (dims < HEAD_SIZE)[None, :]
-            parts = tl.load(partial_output + row[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
+            mask = share_mask[:, None] & (dims < HEAD_SIZE)[None, :]
+            parts = tl.load(workspace + row[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
             output = output * decay + tl.sum(parts * weight[:, None], 0)
             largest = new_largest
+        if v_scale is not None:
+            output *= tl.load(v_scale)
         token = (query_start + request_token).to(tl.int64)
         to = out + token * out_token_stride + head * out_head_stride + dims * out_dim_stride
-        tl.store(to, (output * (v_scale / total)).to(out.dtype.element_ty), mask=dims < HEAD_SIZE)
+        tl.store(to, (output / total).to(out.dtype.element_ty), mask=dims < HEAD_SIZE)

@@ -1,9 +1,11 @@
-"""What a call launches: which kernels, on what grid, with what. It follows from shapes and from the layer alone."""
+"""What a call launches: which kernels, on what grid, with what. It follows from shapes and from the layer alone.
+
+What depends on the layer alone is worked out, and all its kernels are compiled, at its first call or by `warm_up`.
+"""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -11,7 +13,7 @@ import triton
 from ..interface import AttentionBatch, AttentionParams
 from .attention import attention_kernel, merge_kernel
 from .store import store_kernel
-from .tiles import Device, decode_tiles, prefill_tiles
+from .tiles import Device, Tiles, decode_tiles, find_device, prefill_tiles
 
 MAX_DECODE_LEN = 16
 """A step of at most so many new tokens per request (speculation verifies a few) is a decode alone."""
@@ -22,6 +24,10 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 MAX_SPLITS = 64
 """Among how many at most."""
 
+LONGEST_SHARE = 16384
+"""Keys that a program takes at most, however many requests there are, while `workspace_size` suffices: else a step of
+many short contexts and a long one waits for the long one's program."""
+
 MERGED_SPLITS = 16
 """Shares that are joined at a time."""
 
@@ -29,24 +35,48 @@ STORED_NUMBERS = 2048
 """Numbers of a token's keys that a program stores."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, and what it is called with."""
+class LayerKernel:
+    """A Triton kernel with what its calls for a layer have in common.
 
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    Triton looks at every argument of every call to find out which of its specialisations is meant. Here that is settled
+    once, for tensors that lie in memory in one way (`layout`): numbers of the step are not specialised on.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
+        self.kernel = kernel
+        self.constants = constants
+        self._last_arguments = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self._compiled: Any = None
+
+    def compile(self, *step: Any) -> Any:
+        """Compile it for a step's arguments, or such as they are; in the interpreter there is nothing to compile."""
+        if not triton.knobs.runtime.interpret:
+            self._compiled = self.kernel.warmup(*step, grid=(1, 1, 1), **self.constants)
+        return self._compiled
+
+    def __call__(self, grid: tuple[int, int, int], step: tuple[Any, ...]) -> None:
+        if self._compiled is None:
+            self.kernel[grid](*step, **self.constants)
+        else:
+            self._compiled[grid](*step, *self._last_arguments)
+
+
+class Launch(NamedTuple):
+    """A kernel of a layer, and what a step calls it with."""
+
+    kernel: LayerKernel
+    grid: tuple[int, int, int]
+    step: tuple[Any, ...]
 
     def __call__(self) -> None:
-        self.kernel[self.grid](**self.arguments)
+        self.kernel(self.grid, self.step)
 
 
-@dataclass(frozen=True)
-class Far:
+class Far(NamedTuple):
     """What was found elsewhere in the grouped keys of a prefill; its other queries see none.
 
     Attributes:
-        output: `[num_rows, num_heads, head_size]`: a row for each of the last queries of each request.
+        output: `[num_rows, num_heads, head_size]`, contiguous: a row for each of the last queries of each request.
         lse: `[num_heads, num_rows]`, float32: the natural logarithm of the sum of the scores' exponentials.
         start_loc: `[num_reqs + 1]`, int32: request `r` has the rows `start_loc[r]` to `start_loc[r + 1]`.
 
@@ -56,33 +86,85 @@ class Far:
     lse: torch.Tensor
     start_loc: torch.Tensor
 
-    def arguments(self) -> dict[str, Any]:
-        """What the kernel calls them; the last dimensions are contiguous."""
-        return {
-            "far_output": self.output,
-            "far_lse": self.lse,
-            "far_start_loc": self.start_loc,
-            "far_token_stride": self.output.stride(0),
-            "far_head_stride": self.output.stride(1),
-            "far_lse_stride": self.lse.stride(0),
-            "HAS_FAR": True,
-        }
 
-
-NO_FAR = {
-    **dict.fromkeys(
-        ("far_output", "far_lse", "far_start_loc", "far_token_stride", "far_head_stride", "far_lse_stride")
-    ),
-    "HAS_FAR": False,
-}
+NO_FAR = (None, None, None)
 
 
 def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: Device) -> int:
     """How many float32 numbers of `AttentionBatch.workspace` the launches of a layer need at most."""
-    # A context is shared where there are fewer blocks of queries and KV heads than programs wanted: fewer than twice as
-    # many programs come of it.
-    num_programs = 2 * PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors
-    return num_programs * decode_tiles(num_heads // num_kv_heads, head_size, 2, False, device).rows * (head_size + 2)
+    rows = decode_tiles(num_heads // num_kv_heads, head_size, 2, False, device).rows
+    return _most_programs(rows, device) * rows * (head_size + 2)
+
+
+def _most_programs(rows: int, device: Device) -> int:
+    """How many programs share contexts at most."""
+    # Where requests are fewer than programs wanted, less than twice as many come of it. More is for LONGEST_SHARE.
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors
+    return wanted * max(2, 128 // rows)
+
+
+Made = TypeVar("Made")
+
+
+def once(params: AttentionParams, key: Hashable, make: Callable[[], Made]) -> Made:
+    """What `make` makes, at the first call with a layer and a key."""
+    made: Made | None = params.prepared.get(key)
+    if made is None:
+        made = params.prepared[key] = make()
+    return made
+
+
+def layout(x: torch.Tensor) -> tuple[Any, ...]:
+    """How queries, keys, values or outputs lie in memory, as far as a kernel is specialised on it.
+
+    That is the dtype, heads, the size of one, the strides of tokens, heads and dimensions, whether the first number's
+    address is a multiple of 16 bytes, and the device.
+    """
+    num_tokens, num_heads, head_size = x.shape
+    token_stride, head_stride, dim_stride = x.stride()
+    if num_tokens == 1:  # then it can be any number
+        token_stride = num_heads * head_size
+    is_aligned = x.data_ptr() % 16 == 0
+    return x.dtype, num_heads, head_size, token_stride, head_stride, dim_stride, is_aligned, x.device
+
+
+def cache_layout(kv_cache: torch.Tensor) -> tuple[Any, ...]:
+    """The same of the cache, whose blocks, heads and tokens have strides."""
+    return kv_cache.dtype, kv_cache.shape[2], *kv_cache.stride()[:3], kv_cache.data_ptr() % 16 == 0
+
+
+class StoreLayer:
+    """What `store_kv` launches for a layer."""
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, params: AttentionParams) -> None:
+        num_kv_heads, head_size = key.shape[1:]
+        head_size_padded = triton.next_power_of_2(head_size)
+        heads = min(triton.next_power_of_2(num_kv_heads), max(1, STORED_NUMBERS // head_size_padded))
+        self.num_blocks = cdiv(num_kv_heads, heads)
+        constants = {
+            "k_scale": params.k_scale,
+            "v_scale": params.v_scale,
+            **stride_arguments("key", key),
+            **stride_arguments("value", value),
+            **_cache_strides(kv_cache),
+            "NUM_KV_HEADS": num_kv_heads,
+            "HEADS": heads,
+            "BLOCK_SIZE": kv_cache.shape[2],
+            "HEAD_SIZE": head_size,
+            "HEAD_SIZE_PADDED": head_size_padded,
+            **rotation_arguments(params, head_size),
+            "IS_FP8": kv_cache.dtype == torch.uint8,
+        }
+        self.kernels = {one: LayerKernel(store_kernel, {**constants, "ONE_TOKEN": one}) for one in (False, True)}
+        int32 = torch.empty(2, dtype=torch.int32, device=key.device)
+        for kernel in self.kernels.values():
+            kernel.compile(key, value, kv_cache, int32, int32, int32.long(), 1)
+
+
+def store_layer(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, params: AttentionParams) -> StoreLayer:
+    """What `store_kv` launches for a layer, made at its first call."""
+    layouts = ("store", layout(key), layout(value), cache_layout(kv_cache))
+    return once(params, layouts, lambda: StoreLayer(key, value, kv_cache, params))
 
 
 def store_launch(
@@ -93,33 +175,115 @@ def store_launch(
     params: AttentionParams,
 ) -> Launch:
     """The launch that `store_kv` makes."""
-    num_tokens, num_kv_heads, head_size = key.shape
-    head_size_padded = triton.next_power_of_2(head_size)
-    heads = min(triton.next_power_of_2(num_kv_heads), max(1, STORED_NUMBERS // head_size_padded))
-    kv_cache, is_fp8 = _as_stored(kv_cache)
-    arguments = {
-        "key": key,
-        "value": value,
-        "kv_cache": kv_cache,
-        "query_start_loc": batch.query_start_loc,
-        "seq_lens": batch.seq_lens,
-        "slot_mapping": batch.slot_mapping,
-        "num_reqs": batch.seq_lens.shape[0],
-        **stride_arguments("key", key),
-        **stride_arguments("value", value),
-        **_cache_strides(kv_cache),
-        "k_scale": params.k_scale,
-        "v_scale": params.v_scale,
-        "ONE_TOKEN": batch.max_query_len == 1,
-        "NUM_KV_HEADS": num_kv_heads,
-        "HEADS": heads,
-        "BLOCK_SIZE": kv_cache.shape[2],
-        "HEAD_SIZE": head_size,
-        "HEAD_SIZE_PADDED": head_size_padded,
-        **rotation_arguments(params, head_size),
-        "IS_FP8": is_fp8,
-    }
-    return Launch(store_kernel, (num_tokens, triton.cdiv(num_kv_heads, heads)), arguments)
+    kv_cache = as_stored(kv_cache)
+    layer = store_layer(key, value, kv_cache, params)
+    return Launch(
+        layer.kernels[batch.max_query_len == 1],
+        (key.shape[0], layer.num_blocks, 1),
+        (key, value, kv_cache, batch.query_start_loc, batch.seq_lens, batch.slot_mapping, batch.seq_lens.shape[0]),
+    )
+
+
+class AttentionLayer:
+    """What `attention` launches for a layer; beside `Far`, if `has_far`."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor,
+        params: AttentionParams,
+        device: Device,
+        *,
+        has_far: bool,
+    ) -> None:
+        _, num_heads, head_size = query.shape
+        self.num_kv_heads, self.heads = kv_cache.shape[1], num_heads // kv_cache.shape[1]
+        is_fp8 = kv_cache.dtype == torch.uint8
+        shape = self.heads, head_size, query.element_size(), is_fp8, device
+        decode, prefill = decode_tiles(*shape), prefill_tiles(*shape)
+        self.decode_rows = decode.rows
+        self.decode_tokens, self.prefill_tokens = decode.rows // self.heads, prefill.rows // self.heads
+        self.wanted_programs = PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors
+        self.most_programs = _most_programs(decode.rows, device)
+        merged = {
+            "sinks": params.sinks,
+            "v_scale": params.v_scale,
+            **stride_arguments("out", out),
+            "SLIDING_WINDOW": params.sliding_window,
+            "HEADS": self.heads,
+            "HEAD_SIZE": head_size,
+            "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size),
+            "LONGEST_SHARE": LONGEST_SHARE,
+        }
+        common = {
+            **merged,
+            "k_scale": params.k_scale,
+            **stride_arguments("query", query),
+            **_cache_strides(kv_cache),
+            "scale": params.scale,
+            "log_scale": log_scale(params),
+            "soft_cap": params.soft_cap,
+            "EXACT_LEN": params.exact_len if params.group_size > 1 else 0,
+            "NEIGHBOR_WINDOW": params.neighbor_window,
+            **rotation_arguments(params, head_size),
+            "HAS_SOFT_CAP": params.soft_cap != 0.0,
+            "HAS_LOG_SCALE": params.log_scale_len != 0,
+            "NUM_HEADS": num_heads,
+            "BLOCK_SIZE": kv_cache.shape[2],
+            "IS_FP8": is_fp8,
+            "HAS_FP8": device.has_fp8,
+            "IS_INTERPRETED": device.target is None,
+        }
+
+        def attention(tiles: Tiles, *, is_decode: bool, is_split: bool, has_far: bool) -> LayerKernel:
+            flags = {"IS_DECODE": is_decode, "IS_SPLIT": is_split, "HAS_FAR": has_far}
+            tokens = tiles.rows // self.heads
+            return LayerKernel(attention_kernel, {**common, **flags, "TOKENS": tokens, **tiles.arguments()})
+
+        self.decode = attention(decode, is_decode=True, is_split=False, has_far=False)
+        self.split_decode = attention(decode, is_decode=True, is_split=True, has_far=False)
+        self.prefill = attention(prefill, is_decode=False, is_split=False, has_far=has_far)
+        shares = {"TOKENS": self.decode_tokens, "BLOCK_M": decode.rows, "FAR_N": decode.far_keys}
+        self.merge = LayerKernel(merge_kernel, {**merged, **shares, "SPLITS": MERGED_SPLITS})
+
+        int32 = torch.empty(2, dtype=torch.int32, device=query.device)
+        floats = int32.float()
+        lengths = int32, int32
+        far = Far(query, floats, int32) if has_far else NO_FAR
+        for kernel, workspace, its_far in (
+            (self.decode, None, NO_FAR),
+            (self.split_decode, floats, NO_FAR),
+            (self.prefill, None, far),
+        ):
+            kernel.compile(query, kv_cache, out, workspace, *lengths, int32, *its_far, 1, 1, 1, 1, 1)
+        self.merge.compile(out, floats, *lengths, 1, 1, 1)
+
+    def num_splits(self, num_blocks: int, max_seq_len: int) -> tuple[int, int]:
+        """Among how many programs to share contexts, and how many one that is not long wants."""
+        num_programs = num_blocks * self.num_kv_heads
+        wanted = min(cdiv(self.wanted_programs, num_programs), MAX_SPLITS)
+        # As many as LONGEST_SHARE asks for, while there is room for what they find.
+        long = min(cdiv(max_seq_len, LONGEST_SHARE), self.most_programs // num_programs, MAX_SPLITS)
+        return max(wanted, long), wanted
+
+
+def attention_layer(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor,
+    params: AttentionParams,
+    *,
+    has_far: bool,
+    device: Device | None = None,
+) -> AttentionLayer:
+    """What `attention` launches for a layer, made at its first call; `device` is the tensors' if it is not given."""
+    layouts = ("attention", layout(query), layout(out), cache_layout(kv_cache), has_far)
+    return once(
+        params,
+        layouts,
+        lambda: AttentionLayer(query, kv_cache, out, params, device or find_device(query.device), has_far=has_far),
+    )
 
 
 def attention_launches(
@@ -128,8 +292,8 @@ def attention_launches(
     batch: AttentionBatch,
     params: AttentionParams,
     out: torch.Tensor,
-    device: Device,
     attend_far: Callable[[int], Far] | None = None,
+    device: Device | None = None,
 ) -> Iterator[Launch]:
     """The launches that `attention` makes, in their order.
 
@@ -139,9 +303,9 @@ def attention_launches(
         batch: The step's requests.
         params: The layer.
         out: Written.
-        device: What the launches will run on.
         attend_far: Attends to a prefill's grouped keys; the prefill's launch then does the neighbors. It is given how
             many new tokens a request may have and still be a decode, which sees to all its keys by itself.
+        device: What the launches will run on, if not what the tensors are on.
 
     Raises:
         ValueError: `batch.workspace` is too small.
@@ -149,107 +313,49 @@ def attention_launches(
     """
     if batch.max_query_len == 0:  # padding only: this rank has no requests, others have
         return
+    kv_cache = as_stored(kv_cache)
+    layer = attention_layer(query, kv_cache, out, params, has_far=attend_far is not None, device=device)
     num_tokens, num_heads, head_size = query.shape
-    num_kv_heads, num_reqs = kv_cache.shape[1], batch.seq_lens.shape[0]
-    heads = num_heads // num_kv_heads
-    kv_cache, is_fp8 = _as_stored(kv_cache)
-    merged = {
-        "out": out,
-        "query_start_loc": batch.query_start_loc,
-        "sinks": params.sinks,
-        **stride_arguments("out", out),
-        "v_scale": params.v_scale,
-        "HAS_SINKS": params.sinks is not None,
-        "HEADS": heads,
-        "HEAD_SIZE": head_size,
-        "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size),
-    }
-    common = {
-        **merged,
-        "query": query,
-        "kv_cache": kv_cache,
-        "partial_output": None,
-        "partial_largest": None,
-        "partial_total": None,
-        "seq_lens": batch.seq_lens,
-        "block_table": batch.block_table,
-        **NO_FAR,
-        "num_reqs": num_reqs,
-        **stride_arguments("query", query),
-        **_cache_strides(kv_cache),
-        "table_stride": batch.block_table.stride(0),
-        "scale": params.scale * params.k_scale,
-        "log_scale": log_scale(params),
-        "soft_cap": params.soft_cap,
-        "EXACT_LEN": params.exact_len if params.group_size > 1 else 0,
-        "NEIGHBOR_WINDOW": params.neighbor_window,
-        "SLIDING_WINDOW": params.sliding_window,
-        **rotation_arguments(params, head_size),
-        "HAS_SOFT_CAP": params.soft_cap != 0.0,
-        "HAS_LOG_SCALE": params.log_scale_len != 0,
-        "BLOCK_SIZE": kv_cache.shape[2],
-        "IS_FP8": is_fp8,
-        "HAS_FP8": device.has_fp8,
-        "IS_INTERPRETED": device.target is None,
-    }
-
-    tiles = decode_tiles(heads, head_size, query.element_size(), is_fp8, device)
-    tokens = tiles.rows // heads
-    is_decode = batch.max_query_len <= MAX_DECODE_LEN
-    decode_len = batch.max_query_len if is_decode else tokens
-    num_blocks = num_reqs * triton.cdiv(decode_len, tokens)
-    num_splits = triton.cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors, num_blocks * num_kv_heads)
-    num_splits = min(num_splits, MAX_SPLITS)
+    num_reqs, max_query_len = batch.seq_lens.shape[0], batch.max_query_len
+    lengths, table = (batch.query_start_loc, batch.seq_lens), batch.block_table
+    is_decode = max_query_len <= MAX_DECODE_LEN
+    decode_len = max_query_len if is_decode else layer.decode_tokens
     # A request alone is either a decode or a prefill.
     if is_decode or num_reqs > 1:
-        shape = {"decode_len": decode_len, "TOKENS": tokens, "BLOCK_M": tiles.rows}
-        partial: dict[str, Any] = {}
+        num_blocks = num_reqs * cdiv(decode_len, layer.decode_tokens)
+        num_splits, wanted = layer.num_splits(num_blocks, batch.max_seq_len)
+        numbers = (num_reqs, decode_len, wanted, table.stride(0), 0)
+        workspace = None
         if num_splits > 1:
-            partial = _partial(batch.workspace, num_blocks * num_kv_heads * num_splits * tiles.rows, head_size, query)
+            num_rows = num_blocks * layer.num_kv_heads * num_splits * layer.decode_rows
+            workspace = _checked(batch.workspace, num_rows * (head_size + 2), query.device)
         yield Launch(
-            attention_kernel,
-            (num_blocks, num_kv_heads, num_splits),
-            {
-                **common,
-                **shape,
-                **partial,
-                "IS_DECODE": True,
-                "IS_SPLIT": num_splits > 1,
-                **tiles.arguments(),
-            },
+            layer.decode if workspace is None else layer.split_decode,
+            (num_blocks, layer.num_kv_heads, num_splits),
+            (query, kv_cache, out, workspace, *lengths, table, *NO_FAR, *numbers),
         )
-        if num_splits > 1:
-            arguments = {**merged, **shape, **partial, "num_splits": num_splits, "SPLITS": MERGED_SPLITS}
-            yield Launch(merge_kernel, (num_reqs * decode_len, num_heads), arguments)
+        if workspace is not None:
+            step = (out, workspace, *lengths, decode_len, wanted, num_splits)
+            yield Launch(layer.merge, (num_reqs * decode_len, num_heads, 1), step)
     if not is_decode:
-        tiles = prefill_tiles(heads, head_size, query.element_size(), is_fp8, device)
-        tokens = tiles.rows // heads
         if num_reqs == 1:
             decode_len = 0
+        far = None if attend_far is None else attend_far(decode_len)
+        numbers = (num_reqs, decode_len, 1, table.stride(0), 0 if far is None else far.lse.stride(0))
         yield Launch(
-            attention_kernel,
-            (num_tokens // tokens + num_reqs, num_kv_heads),
-            {
-                **common,
-                **(attend_far(decode_len).arguments() if attend_far else {}),
-                "decode_len": decode_len,
-                "TOKENS": tokens,
-                "IS_DECODE": False,
-                "IS_SPLIT": False,
-                **tiles.arguments(),
-            },
+            layer.prefill,
+            (num_tokens // layer.prefill_tokens + num_reqs, layer.num_kv_heads, 1),
+            (query, kv_cache, out, None, *lengths, table, *(far or NO_FAR), *numbers),
         )
 
 
-def _partial(workspace: torch.Tensor | None, num_rows: int, head_size: int, query: torch.Tensor) -> dict[str, Any]:
-    """Where `num_rows` rows of a split decode put what they found."""
-    size = num_rows * (head_size + 2)
+def _checked(workspace: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
+    """The workspace, or one that is made for the call."""
     if workspace is None:
-        workspace = torch.empty(size, dtype=torch.float32, device=query.device)
+        return torch.empty(size, dtype=torch.float32, device=device)
     if workspace.numel() < size:
         raise ValueError(f"workspace holds {workspace.numel()} numbers; this step needs {size}.")
-    output, largest, total = workspace[:size].split([num_rows * head_size, num_rows, num_rows])
-    return {"partial_output": output, "partial_largest": largest, "partial_total": total}
+    return workspace
 
 
 def rotation_arguments(params: AttentionParams, head_size: int) -> dict[str, Any]:
@@ -274,14 +380,19 @@ def log_scale(params: AttentionParams) -> float:
 
 def stride_arguments(name: str, tensor: torch.Tensor) -> dict[str, int]:
     """The strides of queries, keys, values or outputs."""
-    return {f"{name}_{kind}_stride": tensor.stride(index) for index, kind in enumerate(("token", "head", "dim"))}
+    _, _, _, *strides = layout(tensor)[:6]
+    return {f"{name}_{kind}_stride": stride for kind, stride in zip(("token", "head", "dim"), strides, strict=True)}
 
 
 def _cache_strides(kv_cache: torch.Tensor) -> dict[str, int]:
     return {f"cache_{kind}_stride": kv_cache.stride(index) for index, kind in enumerate(("block", "head", "token"))}
 
 
-def _as_stored(kv_cache: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """The cache, an fp8 one as bytes, and whether it is one."""
-    is_fp8 = kv_cache.element_size() == 1
-    return kv_cache.view(torch.uint8) if is_fp8 else kv_cache, is_fp8
+def cdiv(number: int, divisor: int) -> int:
+    """As `triton.cdiv`, which takes 2 microseconds: it is made for kernels too."""
+    return -(-number // divisor)
+
+
+def as_stored(kv_cache: torch.Tensor) -> torch.Tensor:
+    """The cache, an fp8 one as bytes."""
+    return kv_cache.view(torch.uint8) if kv_cache.dtype == torch.float8_e4m3fn else kv_cache

@@ -8,7 +8,9 @@ from .fp8 import to_fp8
 from .rotation import load_cos_sin, source, turn
 
 
-@triton.jit(do_not_specialize=["num_reqs"])
+@triton.jit(
+    do_not_specialize=["num_reqs"], do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "slot_mapping"]
+)
 def store_kernel(
     key,
     value,
@@ -16,8 +18,10 @@ def store_kernel(
     query_start_loc,
     seq_lens,
     slot_mapping,
-    cos_sin,
     num_reqs,
+    cos_sin,
+    k_scale,
+    v_scale,
     key_token_stride,
     key_head_stride,
     key_dim_stride,
@@ -27,8 +31,6 @@ def store_kernel(
     cache_block_stride,
     cache_head_stride,
     cache_token_stride,
-    k_scale,
-    v_scale,
     ONE_TOKEN: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -42,7 +44,10 @@ def store_kernel(
     INTERLEAVED: tl.constexpr,
     IS_FP8: tl.constexpr,
 ):
-    """One program per token and `HEADS` of its KV heads; `ONE_TOKEN` says that request `r` has token `r` alone."""
+    """One program per token and `HEADS` of its KV heads; `ONE_TOKEN` says that request `r` has token `r` alone.
+
+    Arguments up to `num_reqs` are the step's, the others the layer's.
+    """
     half: tl.constexpr = ROTARY_DIM // 2
     token = tl.program_id(0)
     slot = tl.load(slot_mapping + token)
@@ -83,8 +88,10 @@ def store_kernel(
 
 @triton.jit
 def store(pointers, x, mask, scale, IS_FP8: tl.constexpr):
-    """Float32 `x` to the cache, in the cache's dtype; an fp8 cache holds it divided by `scale`."""
+    """Float32 `x` to the cache, in the cache's dtype; an fp8 cache holds it divided by `scale`'s number."""
     if IS_FP8:
-        tl.store(pointers, to_fp8(x / scale), mask=mask)
+        if scale is not None:
+            x /= tl.load(scale)
+        tl.store(pointers, to_fp8(x), mask=mask)
     else:
         tl.store(pointers, x.to(pointers.dtype.element_ty), mask=mask)

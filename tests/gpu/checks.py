@@ -187,6 +187,7 @@ def replay(step: Step) -> torch.Tensor:
         block_table=torch.zeros_like(real.block_table),
         slot_mapping=torch.full_like(real.slot_mapping, -1),
         max_query_len=num_tokens if is_mixed else real.max_query_len,
+        max_seq_len=real.max_seq_len,
         workspace=torch.empty(size, dtype=torch.float32, device=device),
     )
     query, key, value = (torch.zeros_like(x) for x in (step.query, step.key, step.value))

@@ -75,8 +75,8 @@ class Case:
             sliding_window=self.sliding_window,
             rotation=Rotation(cos_sin(self.frequencies(), 0, self.num_steps, dtype).to(device), self.interleaved),
             sinks=sinks.to(device, dtype) if self.has_sinks else None,
-            k_scale=self.kv_scales[0],
-            v_scale=self.kv_scales[1],
+            k_scale=torch.tensor(self.kv_scales[0], device=device),
+            v_scale=torch.tensor(self.kv_scales[1], device=device),
         )
 
 
@@ -242,6 +242,7 @@ class Step:
             block_table=torch.nn.functional.pad(self.block_table, (0, 0, 0, padding)),
             slot_mapping=torch.cat([*slots, torch.full([padding], -1, device=device)]),
             max_query_len=max(lens),
+            max_seq_len=max(end for _, end in spans),
             workspace=workspace,
         )
 

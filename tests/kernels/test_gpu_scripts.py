@@ -50,3 +50,9 @@ def test_the_gpu_benchmarks_check_of_the_kernels() -> None:
     printed = run_script("gpu", "--correctness-only", interpret=True)
     assert printed.count("right") >= 16
     assert "wrong" not in printed.lower()
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_start_up() -> None:
+    """Whatever the step, if `warm_up` was called, with one kernel set or the other, for layers of both kinds."""
+    assert "after it: 0." in run_script("launch_cost", "--repeats", "1", interpret=False)

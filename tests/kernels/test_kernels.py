@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends import cpu, reference
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Rotation
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
 
-from .cases import TOLERANCE, Case, Problem, expected, run
+from .cases import TOLERANCE, Case, Problem, Step, expected, run
 from .cpu_kernels import KERNELS, CPUKernels
 
 HEADS = [(4, 4), (8, 2), (9, 3), (4, 1)]
@@ -165,6 +166,7 @@ def test_every_number_is_stored_as_torch_rounds_it_and_read_back(name: str, dtyp
         block_table=torch.arange(num_tokens).int()[:, None] // 16,
         slot_mapping=order,
         max_query_len=1,
+        max_seq_len=1,
     )
     KERNELS[name].store_kv(numbers, numbers, kv_cache, batch, AttentionParams(1.0))
     # A block's interior: keys in panels of 16 keys, then values in panels of 16 dimensions.
@@ -183,6 +185,7 @@ def test_every_number_is_stored_as_torch_rounds_it_and_read_back(name: str, dtyp
         block_table=torch.arange(len(query)).int()[:, None],
         slot_mapping=order[: len(query)],
         max_query_len=1,
+        max_seq_len=1,
     )
     KERNELS[name].attention(query, kv_cache, alone, AttentionParams(1.0), out)
     assert out.view(-1, 512).equal(wanted[first])
@@ -249,6 +252,32 @@ def test_grouping_without_a_rotation_is_an_error(kernels: str) -> None:
         KERNELS[kernels].store_kv(key, key, torch.zeros(2, 2, 16, 64), batch, AttentionParams(1.0, group_size=4))
 
 
+@pytest.mark.parametrize("kernels", [reference, *KERNELS.values()], ids=["reference", *KERNELS])
+def test_sinks_and_scales_may_change_in_place(kernels: Kernels) -> None:
+    check_changes_in_place(kernels)
+
+
+def check_changes_in_place(kernels: Kernels) -> None:
+    """As when new weights are loaded into a running engine; sinks may have the model's dtype."""
+    case = Case(((20, 20), (1, 1)), has_sinks=True, kv_scales=(0.5, 0.25))
+    problem = Problem.of(case, torch.bfloat16)
+
+    def answer(step: Step) -> torch.Tensor:
+        step.store()
+        return step.attend()
+
+    step, fresh = (Step(kernels, problem, torch.bfloat16, torch.uint8) for _ in range(2))
+    names = ("sinks", "k_scale", "v_scale")
+    step.params = replace(step.params, sinks=step.params.sinks.bfloat16())
+    before = answer(step)
+    for name in names:
+        getattr(step.params, name).mul_(2.0)
+    after = answer(step)
+    fresh.params = replace(step.params, **{name: getattr(step.params, name).float() + 0.0 for name in names})
+    assert after.equal(answer(fresh))
+    assert not after.equal(before)
+
+
 def three_tokens(**changes: Any) -> AttentionBatch:
     fields = {
         "query_start_loc": torch.tensor([0, 3]).int(),
@@ -256,6 +285,7 @@ def three_tokens(**changes: Any) -> AttentionBatch:
         "block_table": torch.tensor([[1]]).int(),
         "slot_mapping": torch.arange(3),
         "max_query_len": 3,
+        "max_seq_len": 3,
     }
     return AttentionBatch(**{**fields, **changes})
 
@@ -287,7 +317,8 @@ WRONG_ATTENTION = {
         "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(100, 34)))
     },
     "it is .100, 32. of Double": {"params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(100, 32).double()))},
-    "sinks must be 4 values": {"params": AttentionParams(1.0, sinks=torch.zeros(3))},
+    "sinks must be 4 floating-point values": {"params": AttentionParams(1.0, sinks=torch.zeros(3))},
+    "k_scale must be one float32": {"params": AttentionParams(1.0, k_scale=torch.ones(2))},
 }
 
 

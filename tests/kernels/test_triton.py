@@ -4,6 +4,7 @@ Prefills also with FlashAttention's stand-in for their grouped keys.
 """
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from vllm_selfextend.backends import reference, triton
 from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels
 from vllm_selfextend.backends.triton import launches
+from vllm_selfextend.backends.triton.tiles import Device
 
 from .cases import TOLERANCE, Case, Problem, expected, run
 from .flash_stand_in import FLASH
@@ -122,6 +124,7 @@ def test_every_fp8_number_is_stored_as_torch_rounds_it_and_read_back() -> None:
         block_table=torch.arange(num_tokens).int()[:, None],
         slot_mapping=torch.arange(num_tokens) * 16,
         max_query_len=1,
+        max_seq_len=1,
     )
     triton.store_kv(numbers, numbers, kv_cache, batch, AttentionParams(1.0))
     wanted = numbers.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
@@ -150,6 +153,46 @@ def test_any_number_of_programs_shares_a_context(programs: int, monkeypatch: pyt
     monkeypatch.setattr(launches, "PROGRAMS_PER_MULTIPROCESSOR", programs)
     shape = {"num_heads": 2, "num_kv_heads": 1, "has_sinks": True}
     check(Case(((1, 130), (1, 3), (5, 70)), **shape), torch.float32)
+
+
+@pytest.mark.parametrize("longest_share", [32, 64, 96])
+def test_a_long_context_among_many_is_shared(longest_share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where requests alone make programs enough: a program takes `LONGEST_SHARE` keys at most."""
+    monkeypatch.setattr(launches, "PROGRAMS_PER_MULTIPROCESSOR", 2)
+    monkeypatch.setattr(launches, "LONGEST_SHARE", longest_share)
+    case = Case(((1, 5), (1, 290), (1, 1), (1, 64), (1, 97), (3, 33)), num_heads=2, num_kv_heads=1)
+    for layer in ({"exact_len": 48}, {"has_sinks": True}, {"group_size": 1, "sliding_window": 70}):
+        check(replace(case, **layer), torch.float32)
+
+
+def test_how_many_programs_share_a_context() -> None:
+    """On a GPU of 132 multiprocessors, with 8 KV heads: enough to fill it, and as many as a long context needs."""
+    query, kv_cache = (torch.empty(shape, device="meta") for shape in ((2, 32, 128), (4, 8, 16, 256)))
+    hopper = Device(None, 132)
+    layer = launches.AttentionLayer(query, kv_cache, query, AttentionParams(1.0), hopper, has_far=False)
+    splits = {
+        (num_reqs, longest): layer.num_splits(num_reqs, longest)
+        for num_reqs in (1, 16, 66, 300, 2000)
+        for longest in (4096, 131072)
+    }
+    assert splits == {
+        (1, 4096): (64, 64),
+        (1, 131072): (64, 64),
+        (16, 4096): (5, 5),
+        (16, 131072): (8, 5),
+        (66, 4096): (1, 1),
+        (66, 131072): (8, 1),
+        (300, 4096): (1, 1),
+        (300, 131072): (1, 1),
+        (2000, 4096): (1, 1),
+        (2000, 131072): (1, 1),
+    }
+    # What they find has room.
+    rows = layer.decode_rows * 130
+    size = launches.workspace_size(32, 8, 128, hopper)
+    assert all(
+        num_reqs * 8 * num_splits * rows <= size for (num_reqs, _), (num_splits, _) in splits.items() if num_splits > 1
+    )
 
 
 def test_a_workspace_is_enough_or_an_error() -> None:
@@ -183,6 +226,7 @@ def test_a_step_of_padding_only() -> None:
         block_table=torch.zeros(2, 1, dtype=torch.int32),
         slot_mapping=torch.full([3], -1),
         max_query_len=0,
+        max_seq_len=1,
     )
     case = Case(((1, 1),))
     key, query = torch.ones(3, case.num_kv_heads, case.head_size), torch.ones(3, case.num_heads, case.head_size)
