@@ -5,7 +5,7 @@ decode, prefill and store, one layer's call each:
 
 - **Bound** is the time that was predicted beforehand: bytes over the GPU's measured bandwidth (of a copy) or operations
   over its measured matrix rate, whichever is longer. Bytes are those of keys, values, queries and outputs, once each;
-  cosines and sines, a row per tile of neighbors and a few that all tiles share, come out of the caches and do not count.
+  cosines and sines, a row per tile of neighbors and a few that all tiles share, lie in caches and do not count.
 - **G = 1** is our own kernel on the same cache without Self-Extend: ordinary attention.
 - **Flash** is the kernel set "flash": Self-Extend with FlashAttention for the grouped keys of a prefill, if vLLM or a
   package brings it along. It must give the answer of the Triton kernels, and is checked like them.
