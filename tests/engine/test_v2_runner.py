@@ -7,14 +7,15 @@ there: vLLM's own `_ngram_finalize_kernel` has a mask that the interpreter refus
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
-from .models import random_prompts
+from . import v2_runner
+from .models import TRAINED_LENGTH, random_prompts
 
 NEW_TOKENS = 6
 LENGTHS = (5, 40, 65, 130)  # within the trained length of 64, just past it, and far past it
@@ -39,14 +40,13 @@ def on_v2() -> Iterator[Callable[..., dict[str, Any]]]:
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def run(settings: dict[str, Any], texts: list[list[int]], rounds: int = 1) -> dict[str, Any]:
-            case = {"settings": settings, "prompts": texts, "new_tokens": NEW_TOKENS, "rounds": rounds}
-            process.stdin.write(json.dumps(case) + "\n")
+        def run(settings: dict[str, Any], texts: list[list[int]], **others: Any) -> dict[str, Any]:
+            process.stdin.write(json.dumps(make_case(settings, texts, **others)) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
             assert line, "the process ended; its stderr says why"
             found: dict[str, Any] = json.loads(line)
-            assert found["runner"] == "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
+            assert set(found["runners"]) == {"vllm.v1.worker.cpu.model_runner.CPUModelRunner"}
             return found
 
         yield run
@@ -54,16 +54,33 @@ def on_v2() -> Iterator[Callable[..., dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
-def on_v1(start_engine: Callable[..., LLM]) -> Callable[..., list[list[int]]]:
-    """A function that runs it on the first runner, with the C++ kernels."""
+def on_v1(start_engine: Callable[..., LLM]) -> Callable[..., dict[str, Any]]:
+    """A function that runs it on the first runner, with the C++ kernels; the same case only once."""
+    known: dict[str, dict[str, Any]] = {}
 
-    def run(settings: dict[str, Any], texts: list[list[int]]) -> list[list[int]]:
-        llm = start_engine(**settings, enable_prefix_caching=False)
-        sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
-        outputs = llm.generate([{"prompt_token_ids": text} for text in texts], sampling, use_tqdm=False)
-        return [list(output.outputs[0].token_ids) for output in outputs]
+    def run(settings: dict[str, Any], texts: list[list[int]], **others: Any) -> dict[str, Any]:
+        case = make_case({**settings, "enable_prefix_caching": False}, texts, **others)
+        if (key := json.dumps(case)) not in known:
+            known[key] = v2_runner.run(case, start_engine)
+            assert set(known[key]["runners"]) == {"vllm.v1.worker.cpu_model_runner.CPUModelRunner"}
+        return known[key]
 
     return run
+
+
+def make_case(
+    settings: dict[str, Any],
+    texts: list[list[int]],
+    adapters: list[str | None] | None = None,
+    rounds: Sequence[dict[str, Any] | None] = (None,),
+) -> v2_runner.Case:
+    return {
+        "settings": settings,
+        "prompts": texts,
+        "adapters": adapters or [None] * len(texts),
+        "new_tokens": NEW_TOKENS,
+        "rounds": list(rounds),
+    }
 
 
 def serve(model: str, kernel: str, **settings: Any) -> dict[str, Any]:
@@ -73,31 +90,31 @@ def serve(model: str, kernel: str, **settings: Any) -> dict[str, Any]:
 
 def test_in_a_batch_in_chunks_and_on_a_prefix_hit(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
     model = checkpoint("llama")
-    expected = on_v1(serve(model, "cpu"), prompts())
-    found = on_v2(serve(model, "triton", max_num_batched_tokens=64), prompts(), rounds=2)
-    assert found["answers"] == [expected, expected]
+    expected = on_v1(serve(model, "cpu"), prompts())["answers"]
+    found = on_v2(serve(model, "triton", max_num_batched_tokens=64), prompts(), rounds=(None, None))
+    assert found["answers"] == expected * 2
     assert found["counters"]["vllm:prefix_cache_hits"] > sum(LENGTHS) // 2
 
 
 def test_sliding_layers_beside_full_ones(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
     model = checkpoint("gemma3")
-    expected = on_v1(serve(model, "cpu"), prompts())
-    assert on_v2(serve(model, "triton"), prompts())["answers"] == [expected]
+    expected = on_v1(serve(model, "cpu"), prompts())["answers"]
+    assert on_v2(serve(model, "triton"), prompts())["answers"] == expected
 
 
 def test_an_fp8_cache(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
     fp8 = {"kv_cache_dtype": "fp8"}
     model = checkpoint("llama")
-    expected = on_v1(serve(model, "cpu", **fp8), prompts())
-    assert on_v2(serve(model, "triton", **fp8), prompts())["answers"] == [expected]
+    expected = on_v1(serve(model, "cpu", **fp8), prompts())["answers"]
+    assert on_v2(serve(model, "triton", **fp8), prompts())["answers"] == expected
 
 
 def test_a_draft_model(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
     model = checkpoint("llama")
     drafts = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
-    expected = on_v1(serve(model, "cpu"), prompts())
+    expected = on_v1(serve(model, "cpu"), prompts())["answers"]
     found = on_v2(serve(model, "triton", speculative_config=drafts), prompts())
-    assert found["answers"] == [expected]
+    assert found["answers"] == expected
     counters = found["counters"]
     drafted, accepted = (counters[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     # A model that drafts for itself is right at every length, if it is extended as a draft too.
@@ -110,7 +127,35 @@ def test_after_preemption(checkpoint: Callable, on_v1: Callable, on_v2: Callable
     memory = {"kv_cache_memory_bytes": 18 * 16 * a_token, "block_size": 16, "enable_prefix_caching": False}
     texts = random_prompts([62] * 4, seed=3)
     model = checkpoint("llama")
-    expected = on_v1(serve(model, "cpu"), texts)
+    expected = on_v1(serve(model, "cpu"), texts)["answers"]
     found = on_v2(serve(model, "triton", **memory), texts)
     assert found["counters"]["vllm:num_preemptions"] > 0
-    assert found["answers"] == [expected]
+    assert found["answers"] == expected
+
+
+def test_flash_attention_in_a_prefill(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
+    model = checkpoint("llama")
+    expected = on_v1(serve(model, "cpu"), prompts())["answers"]
+    found = on_v2(serve(model, "flash"), prompts())
+    assert found["answers"] == expected
+    # What has grouped keys: the queries past the trained length, in each of 3 layers. Decodes are not FlashAttention's.
+    assert sum(found["flash_queries"]) == 3 * sum(max(0, length - TRAINED_LENGTH) for length in LENGTHS)
+
+
+def test_graphs_replayed_for_other_batches(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
+    model = checkpoint("gemma3")
+    kinds = [("FULL", False), ("FULL_DECODE_ONLY", False), ("FULL_DECODE_ONLY", True)]
+    rounds = [{"mode": mode, "microbatches": microbatches} for mode, microbatches in kinds]
+    limits = {"max_num_batched_tokens": 48, "max_num_seqs": 8}
+    expected = on_v1(serve(model, "cpu"), prompts())
+    found = on_v2(serve(model, "triton", **limits), prompts(), rounds=rounds)
+    assert found["answers"] == expected["answers"] * len(rounds)
+    for logprobs in found["logprobs"]:
+        assert logprobs == pytest.approx(expected["logprobs"][0], abs=1e-4)
+    # The last token of a prefill is an answer's first; 5 decodes of 4 requests follow, padded to 6, and a dummy batch.
+    all_from_graphs, decodes, in_microbatches = found["replayed"]
+    assert all_from_graphs["steps"] == {"FULL 48": 6, "FULL 6": 6}
+    assert decodes["steps"] == {"NONE 16": 1, "FULL 6": 6}  # what is left of the prompts after a prefix hit
+    assert in_microbatches["steps"] == {"NONE 20": 4, "FULL 6": 3}
+    assert in_microbatches["empty_microbatches"] == 3
+    assert all(one["null_block_is_untouched"] for one in found["replayed"])

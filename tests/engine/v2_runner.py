@@ -1,14 +1,14 @@
 """Engines on vLLM's V2 model runner, a GPU's default, with the Triton kernels: on a CPU, in Triton's interpreter.
 
-`python -m tests.engine.v2_runner` reads cases from stdin (JSON: engine arguments, prompts and rounds) and writes what
-they answer; a process of its own, since what a process runs on is settled when it imports vLLM.
+`python -m tests.engine.v2_runner` reads cases from stdin (JSON, see `Case`) and writes what they answer; a process of
+its own, since what a process runs on is settled when it imports vLLM.
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 
 def let_triton_run_on_cpus() -> None:
@@ -48,23 +48,84 @@ def let_triton_run_on_cpus() -> None:
     driver.set_active(CpuDriver())
 
 
-def run(case: dict[str, Any], start_engine: Callable[..., Any]) -> dict[str, Any]:
+class Case(TypedDict):
+    """An engine and what it is asked.
+
+    Attributes:
+        settings: The engine's.
+        prompts: Their tokens.
+        adapters: The path of each prompt's LoRA adapter, or None; one adapter at most.
+        new_tokens: How many each prompt is answered by.
+        rounds: All prompts are put to the engine so often; before each round with arguments for
+            `replays.capture_graphs`, graphs are captured.
+
+    """
+
+    settings: dict[str, Any]
+    prompts: list[list[int]]
+    adapters: list[str | None]
+    new_tokens: int
+    rounds: list[dict[str, Any] | None]
+
+
+def use_flash_stand_in() -> list[int]:
+    """Give the kernel set "flash" its stand-in, and return a list that gets how many queries each call is given."""
+    from vllm.plugins import load_general_plugins
+
+    from tests.kernels import flash_stand_in
+    from vllm_selfextend.backends import KERNEL_SETS
+    from vllm_selfextend.backends.flash import FlashAttention, FlashKernels
+
+    num_queries: list[int] = []
+
+    def attend(**arguments: Any) -> Any:
+        num_queries.append(int(arguments["cu_seqlens_q"][-1]))
+        return flash_stand_in.attend(**arguments)
+
+    kernels = FlashKernels(FlashAttention("the stand-in", attend, majors=(), dtypes=flash_stand_in.DTYPES))
+    load_general_plugins()  # not after: ours gives it the one that vLLM has
+    KERNEL_SETS["flash"] = KERNEL_SETS["flash"]._replace(load=lambda: kernels)
+    return num_queries
+
+
+def run(case: Case, start_engine: Callable[..., Any]) -> dict[str, Any]:
     """Start an engine, and put all prompts to it as often as asked."""
     from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = start_engine(**case["settings"])
-    sampling = SamplingParams(temperature=0.0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False, logprobs=0
+    )
     prompts = [{"prompt_token_ids": text} for text in case["prompts"]]
-    answers = []
-    for _ in range(case["rounds"]):
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    adapters = [path and LoRARequest("adapter", 1, path) for path in case["adapters"]]
+    answers, logprobs, replayed = [], [], []
+    for graphs in case["rounds"]:
+        if graphs:
+            from . import replays
+
+            runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+            if not replayed:
+                replays.spoil_cache(runner)
+            replays.capture_graphs(runner, **graphs)
+        outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapters)
         answers.append([list(output.outputs[0].token_ids) for output in outputs])
-    runner = type(llm.llm_engine.model_executor.driver_worker.worker.model_runner)
+        logprobs.append([output.outputs[0].cumulative_logprob for output in outputs])
+        if graphs:
+            llm.collective_rpc("execute_dummy_batch")  # as an idle data-parallel rank does
+            replayed.append(replays.what_ran(runner))
     return {
         "answers": answers,
-        "runner": f"{runner.__module__}.{runner.__qualname__}",
+        "logprobs": logprobs,
+        "replayed": replayed,
+        "runners": llm.collective_rpc(runner_name),
         "counters": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
     }
+
+
+def runner_name(worker: Any) -> str:
+    kind = type(worker.model_runner)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def main() -> None:
@@ -74,9 +135,12 @@ def main() -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not lie among the answers
+    num_flash_queries = use_flash_stand_in()
     with engines() as start_engine:
         for line in sys.stdin:
-            print(json.dumps(run(json.loads(line), start_engine)), file=answers, flush=True)
+            num_flash_queries.clear()
+            found = run(json.loads(line), start_engine)
+            print(json.dumps({**found, "flash_queries": num_flash_queries}), file=answers, flush=True)
 
 
 if __name__ == "__main__":
