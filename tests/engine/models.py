@@ -1,10 +1,12 @@
 """Small random models of many architectures, their weights large enough that attention, and so positions, matter."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -143,4 +145,25 @@ def save_random_model(name: str, folder: Path) -> str:
             if "sinks" in parameter_name:
                 parameter.normal_(3.0, 1.0)
     model.save_pretrained(path)
+    return str(path)
+
+
+def save_random_adapter(name: str, folder: Path) -> str:
+    """Write a LoRA adapter, in PEFT's format, for the attention of the random model `name`, and return its path."""
+    config, rank = CONFIGS[name], 8
+    heads, kv_heads = (number * config.head_dim for number in (config.num_attention_heads, config.num_key_value_heads))
+    sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    generator = torch.Generator().manual_seed(1)
+    weights = {}
+    for layer in range(config.num_hidden_layers):
+        for module, size in sizes.items():
+            path = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            for matrix, shape in {"A": (rank, config.hidden_size), "B": (size, rank)}.items():
+                drawn = torch.randn(shape, generator=generator)
+                weights[f"{path}.lora_{matrix}.weight"] = config.initializer_range * drawn
+    path = folder / f"{name}-adapter"
+    path.mkdir(exist_ok=True)
+    save_file(weights, path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(sizes)}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
     return str(path)

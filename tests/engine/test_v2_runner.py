@@ -15,7 +15,7 @@ import pytest
 from vllm import LLM
 
 from . import v2_runner
-from .models import TRAINED_LENGTH, random_prompts
+from .models import TRAINED_LENGTH, random_prompts, save_random_adapter
 
 NEW_TOKENS = 6
 LENGTHS = (5, 40, 65, 130)  # within the trained length of 64, just past it, and far past it
@@ -131,6 +131,19 @@ def test_after_preemption(checkpoint: Callable, on_v1: Callable, on_v2: Callable
     found = on_v2(serve(model, "triton", **memory), texts)
     assert found["counters"]["vllm:num_preemptions"] > 0
     assert found["answers"] == expected
+
+
+def test_lora(checkpoint: Callable, on_v1: Callable, on_v2: Callable, tmp_path: Path) -> None:
+    model = checkpoint("llama")
+    text = prompts()[2]
+    adapters = [save_random_adapter("llama", tmp_path), None]
+    # With a single one, vLLM's LoRA for CPUs takes it for requests without an adapter too: their index is -1.
+    lora = {"enable_lora": True, "max_loras": 2}
+    expected = on_v1(serve(model, "cpu", **lora), [text] * 2, adapters=adapters)["answers"]
+    assert on_v2(serve(model, "triton", **lora), [text] * 2, adapters=adapters)["answers"] == expected
+    adapted, plain = expected[0]
+    assert plain == on_v1(serve(model, "cpu"), prompts())["answers"][0][2]
+    assert adapted != plain
 
 
 def test_flash_attention_in_a_prefill(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
