@@ -146,6 +146,15 @@ def test_lora(checkpoint: Callable, on_v1: Callable, on_v2: Callable, tmp_path: 
     assert adapted != plain
 
 
+def test_tensor_parallel(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
+    model = checkpoint("llama")
+    expected = on_v1(serve(model, "cpu"), prompts())["answers"]
+    # Two processes, each with one of the two KV heads.
+    found = on_v2(serve(model, "triton", tensor_parallel_size=2), prompts()[:3:2])
+    assert len(found["runners"]) == 2
+    assert found["answers"] == [expected[0][:3:2]]
+
+
 def test_flash_attention_in_a_prefill(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
     model = checkpoint("llama")
     expected = on_v1(serve(model, "cpu"), prompts())["answers"]

@@ -14,6 +14,8 @@ from typing import Any, TypedDict
 def let_triton_run_on_cpus() -> None:
     """Make vLLM's CPU worker take the V2 runner: it does if Triton has a driver, whose kernels the interpreter runs."""
     os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM has functions that are compiled in eager mode too
+    os.environ |= {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     import torch
     import triton.backends
     from triton.backends.compiler import GPUTarget
@@ -145,3 +147,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+if __name__ == "__mp_main__":  # in the workers of several that vLLM spawns, before they import it
+    let_triton_run_on_cpus()
