@@ -286,15 +286,19 @@ def attention_kernel(
                         pairs_mask = key_mask[:, None] & pair_mask
                         k_first = load_kv(slot + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
                         k_second = load_kv(slot + half + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
-                        # The tile's first key is turned by so much, the others by a few steps more.
-                        base = tile - tile // GROUP_SIZE
-                        base_cosine, base_sine = load_cos_sin(
-                            cos_sin, tl.full([1], base, tl.int32), pair_mask, pairs, ROTARY_DIM
-                        )
-                        steps = keys - keys // GROUP_SIZE - base
-                        step_cosine, step_sine = load_cos_sin(cos_sin, steps, pairs_mask, pairs, ROTARY_DIM)
-                        key_cosine = base_cosine * step_cosine - base_sine * step_sine
-                        key_sine = base_sine * step_cosine + base_cosine * step_sine
+                        lag = keys - keys // GROUP_SIZE
+                        if kind == NEAR:
+                            # The first key's row, and those of the few steps from it to the others, for all tiles the
+                            # same: a row each would be as many bytes as keys and values.
+                            base = tile - tile // GROUP_SIZE
+                            base_cosine, base_sine = load_cos_sin(
+                                cos_sin, tl.full([1], base, tl.int32), pair_mask, pairs, ROTARY_DIM
+                            )
+                            step_cosine, step_sine = load_cos_sin(cos_sin, lag - base, pairs_mask, pairs, ROTARY_DIM)
+                            key_cosine = base_cosine * step_cosine - base_sine * step_sine
+                            key_sine = base_sine * step_cosine + base_cosine * step_sine
+                        else:  # few tiles
+                            key_cosine, key_sine = load_cos_sin(cos_sin, lag, pairs_mask, pairs, ROTARY_DIM)
                         k_first32, k_second32 = k_first.to(tl.float32), k_second.to(tl.float32)
                         turned_first, turned_second = turn(k_first32, k_second32, key_cosine, key_sine, DTYPE)
                         near = multiply(near_first, tl.trans(turned_first), scores, IS_INTERPRETED)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from vllm import SamplingParams
 
 from vllm_selfextend.binding import bind_models
 
@@ -32,3 +33,17 @@ def test_rotations_are_on_the_runners_device_and_a_draft_is_unwrapped(
         layers = [module for module in model.modules() if hasattr(module, "get_attn_backend")]
         assert layers
         assert all(layer.impl.rotation.cos_sin.is_meta for layer in layers)
+
+
+def test_sinks_and_scales_are_read_where_they_are_stored(checkpoint: Callable, start_engine: Callable) -> None:
+    """Not copied: a running engine's weights may be updated in place."""
+    llm = start_engine(checkpoint("sinks"), attention_backend="CUSTOM", max_model_len=256, kv_cache_dtype="fp8")
+    llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    assert layers
+    for layer in layers:
+        params = layer.impl.params
+        assert params.sinks.data_ptr() == layer.impl.sinks.data_ptr()
+        assert (params.k_scale.data_ptr(), params.v_scale.data_ptr()) == tuple(
+            scale.data_ptr() for scale in (layer._k_scale, layer._v_scale)
+        )

@@ -47,6 +47,7 @@ def on_v2() -> Iterator[Callable[..., dict[str, Any]]]:
             assert line, "the process ended; its stderr says why"
             found: dict[str, Any] = json.loads(line)
             assert set(found["runners"]) == {"vllm.v1.worker.cpu.model_runner.CPUModelRunner"}
+            assert not any(found["cold_layers"]), "kernels were left for a request to compile"
             return found
 
         yield run

@@ -96,6 +96,7 @@ def run(case: Case, start_engine: Callable[..., Any]) -> dict[str, Any]:
     from vllm.lora.request import LoRARequest
 
     llm = start_engine(**case["settings"])
+    cold_layers = llm.collective_rpc(layers_without_kernels)
     sampling = SamplingParams(
         temperature=0.0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False, logprobs=0
     )
@@ -120,6 +121,7 @@ def run(case: Case, start_engine: Callable[..., Any]) -> dict[str, Any]:
         "answers": answers,
         "logprobs": logprobs,
         "replayed": replayed,
+        "cold_layers": cold_layers,
         "runners": llm.collective_rpc(runner_name),
         "counters": {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")},
     }
@@ -128,6 +130,12 @@ def run(case: Case, start_engine: Callable[..., Any]) -> dict[str, Any]:
 def runner_name(worker: Any) -> str:
     kind = type(worker.model_runner)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def layers_without_kernels(worker: Any) -> list[str]:
+    """Layers, the draft's too, whose kernels are yet to be chosen and compiled, at the cost of a request."""
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    return [name for name, layer in layers.items() if len(layer.impl.params.prepared if layer.impl.params else ()) < 2]
 
 
 def main() -> None:
