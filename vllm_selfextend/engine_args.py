@@ -109,9 +109,17 @@ def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., 
                 )
             return original(self, *args, **kwargs)
         config = SelfExtendConfig.from_additional_config(self.additional_config)
+        leaves_length_open = self.max_model_len in (None, -1)
         with widened_length_check() as check:
             vllm_config = original(self, *args, **kwargs)
         plan = apply_plan(vllm_config, config.plan(check.derived_length, vllm_config.model_config.max_model_len))
+        if leaves_length_open:
+            logger.warning(
+                "Self-Extend has nothing to extend: without --max-model-len the model is served at its own length, %d "
+                "tokens. Pass the length to serve, for instance --max-model-len %d.",
+                plan.max_model_len,
+                4 * plan.max_model_len,
+            )
         if vllm_config.kv_transfer_config is not None:
             check_connector(vllm_config.kv_transfer_config, config, plan)
         return vllm_config
@@ -142,8 +150,6 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
     if plan.group_size == 1:
         logger.info("Self-Extend is off: %s.", plan.reason)
     else:
-        worker_cls = vllm_config.parallel_config.worker_cls
-        vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
         if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
             _extend_draft(vllm_config.speculative_config, plan, device)
         logger.info(
@@ -157,6 +163,8 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
             plan.reason,
             "as by the unmodified model" if plan.exact_short else "with grouped positions too",
         )
+    worker_cls = vllm_config.parallel_config.worker_cls
+    vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
     _limit_to_draft(vllm_config, plan)
     chosen = choose_kernels(plan.kernel, device)
     for name, why in chosen.missing.items():

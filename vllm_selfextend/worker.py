@@ -6,6 +6,7 @@ from vllm.model_executor.layers.attention import Attention
 
 from .attention import SelfExtendImpl
 from .binding import bind_models, change_numbers
+from .plan import read_plan
 
 
 class SelfExtendWorker:
@@ -17,7 +18,8 @@ class SelfExtendWorker:
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, and give its layers their rotations."""
         super().load_model(**kwargs)  # type: ignore[misc]
-        bind_models(self.model_runner, self.vllm_config)
+        if read_plan(self.vllm_config).group_size > 1:
+            bind_models(self.model_runner, self.vllm_config)
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile the layers' kernels, the draft model's too, so that no request waits for that."""
