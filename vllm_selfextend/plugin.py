@@ -65,7 +65,7 @@ def incompatibility() -> str | None:
     installed, supported = _vllm_version(), _supported_vllm()
     ours = f"vllm-selfextend {version('vllm-selfextend')} supports vLLM {supported}"
     if not supported.contains(installed, prereleases=True):
-        return f"{ours}, but vLLM {installed} is installed."
+        return f"{ours}, but vLLM {installed} is installed.{_how_ray_replaces_vllm()}"
     for module_name, path, parameters in _INTERFACE:
         try:
             found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module_name))
@@ -74,6 +74,18 @@ def incompatibility() -> str | None:
         if missing := [name for name in parameters if name not in inspect.signature(found).parameters]:
             return f"{ours}, but in the installed vLLM {installed} {module_name}.{path} has no {', '.join(missing)}."
     return None
+
+
+def _how_ray_replaces_vllm() -> str:
+    """What to do if Ray brought the wrong vLLM; nothing where there is no Ray."""
+    try:
+        ray = version("ray")
+    except PackageNotFoundError:
+        return ""
+    return (
+        f" If ray[llm] {ray} replaced it by the one that it pins: install ray[serve,data]=={ray} instead, "
+        "and then the supported vLLM again."
+    )
 
 
 def _supported_vllm() -> SpecifierSet:

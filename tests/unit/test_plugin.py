@@ -1,3 +1,5 @@
+from importlib.metadata import PackageNotFoundError, version
+
 import pytest
 
 from vllm_selfextend import plugin
@@ -15,6 +17,24 @@ def test_other_versions_are_named(monkeypatch: pytest.MonkeyPatch, installed: st
     )
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(plugin.incompatibility())
+
+
+@pytest.mark.parametrize("ray", ["2.60.0", None])
+def test_ray_that_replaced_vllm_is_named(monkeypatch: pytest.MonkeyPatch, ray: str | None) -> None:
+    def installed_version(name: str) -> str:
+        if name != "ray":
+            return version(name)
+        if ray is None:
+            raise PackageNotFoundError(name)
+        return ray
+
+    monkeypatch.setattr(plugin, "version", installed_version)
+    monkeypatch.setattr(plugin, "_vllm_version", lambda: "0.29.0")
+    problem = plugin.incompatibility() or ""
+    assert "but vLLM 0.29.0 is installed." in problem
+    advice = "If ray[llm] 2.60.0 replaced it by the one that it pins: install ray[serve,data]==2.60.0 instead"
+    assert (advice in problem) == (ray is not None)
+    assert ("ray" in problem) == (ray is not None)
 
 
 @pytest.mark.parametrize("installed", ["0.32.0", "0.33.1", "0.33.0rc1", "0.32.0+cpu"])
