@@ -50,7 +50,7 @@ def main() -> None:
         engine |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
         where = {"placement_group_config": {"bundles": [{"CPU": 1}]}, "runtime_env": {"env_vars": cpu_env(args.engines)}}
         # Ray's CPUs are tickets, not cores: one for each engine, and some for the steps between them.
-        ray.init(num_cpus=args.engines + 4, num_gpus=0, include_dashboard=False)
+        ray.init(address="local", num_cpus=args.engines + 4, num_gpus=0, include_dashboard=False)
     else:
         ray.init()
 

@@ -40,7 +40,7 @@ def main() -> None:
         engine |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
         where = {"accelerator_config": {"kind": "cpu"}, "runtime_env": {"env_vars": cpu_env(args.replicas)}}
         # Ray's CPUs are tickets, not cores: two for each replica, and some for what takes the requests.
-        ray.init(num_cpus=2 * args.replicas + 4, num_gpus=0, include_dashboard=False)
+        ray.init(address="local", num_cpus=2 * args.replicas + 4, num_gpus=0, include_dashboard=False)
     else:
         ray.init()
 
