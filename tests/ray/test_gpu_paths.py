@@ -1,0 +1,72 @@
+"""The examples without `--cpu`, on a cluster of two GPUs for which CPUs stand in: tensor parallel 2 on vLLM's Ray executor.
+
+The cluster is one that `ray start` started, and `RAY_ADDRESS` names it, as where there are nodes to share.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from .programs import ROOT, environment, free_port, python, run, wait_until
+from .prompts import PROMPTS
+
+ROWS = PROMPTS[:8]
+
+
+@pytest.fixture(scope="module")
+def on_cluster() -> Iterator[dict[str, str]]:
+    """The environment of a program that is to run on the cluster."""
+    # Short, as Ray's sockets are in it; its own, as Ray notes there which cluster `ray.init()` is to join.
+    folder = Path(tempfile.mkdtemp(prefix="ray"))
+    address, log = f"127.0.0.1:{free_port()}", folder / "log"
+    settings = environment(stand_in_gpus=True, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled", RAY_TMPDIR=str(folder))
+    command = [os.path.join(os.path.dirname(python()[0]), "ray"), "start", "--head", "--block"]
+    command += ["--node-ip-address", "127.0.0.1", "--port", address.rpartition(":")[2]]
+    command += ["--num-cpus", "8", "--num-gpus", "2", "--include-dashboard", "false"]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=settings, text=True, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: "Ray runtime started" in log.read_text(), process, log, 120)
+        yield settings
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_batch(tmp_path: Path, on_cluster: dict[str, str]) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    command = python("examples/ray_data_batch.py", tmp_path / "prompts.jsonl", tmp_path / "answers")
+    output = run([*command, "--tensor-parallel", "2"], env=on_cluster)
+    assert "RayWorkerProc" in output
+    found = [json.loads(line) for path in (tmp_path / "answers").iterdir() for line in path.read_text().splitlines()]
+    assert {row["id"]: row["answer"].strip()[:9] for row in found} == {row["id"]: row["key"] for row in ROWS}
+
+
+@pytest.mark.slow
+def test_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
+    port, log = free_port(), tmp_path / "log"
+    command = python("examples/ray_serve.py", "--tensor-parallel", 2, "--port", port)
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=on_cluster, text=True, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: "is ready at" in log.read_text(), process, log, 600)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
+        for row in ROWS:
+            completion = client.completions.create(
+                model="passkey", prompt=row["prompt"], max_tokens=5, temperature=0.0
+            )
+            assert completion.choices[0].text.strip() == row["key"]
+        assert "RayWorkerProc" in log.read_text()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(120)
