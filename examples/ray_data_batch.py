@@ -48,14 +48,15 @@ def main() -> None:
     where: dict[str, Any] = {}
     if args.cpu:
         engine |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
-        where = {"placement_group_config": {"bundles": [{"CPU": 1}]}, "runtime_env": {"env_vars": cpu_env(args.engines)}}
+        where = {"placement_group_config": {"bundles": [{"CPU": 1}]}, "runtime_env": cpu_environment(args.engines)}
         # Ray's CPUs are tickets, not cores: one for each engine, and some for the steps between them.
         ray.init(address="local", num_cpus=args.engines + 4, num_gpus=0, include_dashboard=False)
     else:
         ray.init()
 
     rows = ray.data.read_json(args.prompts) if suffix == ".jsonl" else ray.data.read_parquet(args.prompts)
-    if missing := {"id", "prompt"} - set(columns := rows.columns() or []):
+    columns = rows.columns() or []
+    if missing := {"id", "prompt"} - set(columns):
         parser.error(f"{args.prompts} has the columns {columns}; {' and '.join(sorted(missing))} must be among them")
     done = {row["id"] for path in args.answers.glob(f"*{suffix}") for row in read(path)}
     todo = rows.filter(lambda row: row["id"] not in done)
@@ -88,16 +89,18 @@ def main() -> None:
         print(f"{kept.num_rows} rows answered, {sum(map(bool, kept['error'].to_pylist()))} with an error.", flush=True)
 
 
-def cpu_env(engines: int) -> dict[str, str]:
+def cpu_environment(engines: int) -> dict[str, dict[str, str]]:
     """Engines that share a machine share its cores: vLLM would bind each to the same ones."""
     threads = max(1, (os.cpu_count() or 1) // engines)
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
-        return pyarrow.parquet.read_table(path).to_pylist()
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        return rows
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write(rows: pyarrow.Table, path: Path) -> None:

@@ -1,9 +1,8 @@
 """The OpenAI API with Ray Serve: on the GPUs of a cluster, or with `--cpu` on this machine.
 
     python examples/ray_serve.py --cpu
-    curl http://localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{
-        "model": "passkey", "max_tokens": 5, "temperature": 0,
-        "prompt": "The pass key: oslo 41729. Remember it. The sky is blue. What was this number? The pass key: oslo"}'
+
+Any client of the OpenAI API finds it at http://localhost:8000/v1; docs/ray.md has a request for curl.
 """
 
 import argparse
@@ -38,7 +37,7 @@ def main() -> None:
     where: dict[str, Any] = {}
     if args.cpu:
         engine |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 512 << 20}
-        where = {"accelerator_config": {"kind": "cpu"}, "runtime_env": {"env_vars": cpu_env(args.replicas)}}
+        where = {"accelerator_config": {"kind": "cpu"}, "runtime_env": cpu_environment(args.replicas)}
         # Ray's CPUs are tickets, not cores: two for each replica, and some for what takes the requests.
         ray.init(address="local", num_cpus=2 * args.replicas + 4, num_gpus=0, include_dashboard=False)
     else:
@@ -54,10 +53,10 @@ def main() -> None:
     serve.run(build_openai_app({"llm_configs": [config]}), blocking=True)
 
 
-def cpu_env(replicas: int) -> dict[str, str]:
+def cpu_environment(replicas: int) -> dict[str, dict[str, str]]:
     """Replicas that share a machine share its cores: vLLM would bind each to the same ones."""
     threads = max(1, (os.cpu_count() or 1) // replicas)
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return {"env_vars": {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}}
 
 
 if __name__ == "__main__":

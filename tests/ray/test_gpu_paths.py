@@ -1,13 +1,13 @@
-"""The examples without `--cpu`, on a cluster of two GPUs for which CPUs stand in: tensor parallel 2 on vLLM's Ray executor.
+"""The examples without `--cpu`, with tensor parallel 2: on a cluster of two GPUs for which CPUs stand in.
 
 The cluster is one that `ray start` started, and `RAY_ADDRESS` names it, as where there are nodes to share.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ def on_cluster() -> Iterator[dict[str, str]]:
     folder = Path(tempfile.mkdtemp(prefix="ray"))
     address, log = f"127.0.0.1:{free_port()}", folder / "log"
     settings = environment(stand_in_gpus=True, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled", RAY_TMPDIR=str(folder))
-    command = [os.path.join(os.path.dirname(python()[0]), "ray"), "start", "--head", "--block"]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
     command += ["--node-ip-address", "127.0.0.1", "--port", address.rpartition(":")[2]]
     command += ["--num-cpus", "8", "--num-gpus", "2", "--include-dashboard", "false"]
     with log.open("w") as out:
@@ -62,9 +62,7 @@ def test_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
         wait_until(lambda: "is ready at" in log.read_text(), process, log, 600)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
         for row in ROWS:
-            completion = client.completions.create(
-                model="passkey", prompt=row["prompt"], max_tokens=5, temperature=0.0
-            )
+            completion = client.completions.create(model="passkey", prompt=row["prompt"], max_tokens=5, temperature=0.0)
             assert completion.choices[0].text.strip() == row["key"]
         assert "RayWorkerProc" in log.read_text()
     finally:

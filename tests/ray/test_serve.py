@@ -42,7 +42,7 @@ class Service:
             pieces.append(chunk.choices[0].text)
             ends.append(chunk.choices[0].finish_reason)
         if ends[-1:] != ["length"]:
-            raise CutShort
+            raise CutShortError
         return pieces
 
     def replicas(self) -> dict[int, psutil.Process]:
@@ -58,7 +58,7 @@ class Service:
         wait_until(lambda: "is ready at" in self.log.read_text(), self.process, self.log, 60)
 
 
-class CutShort(Exception):
+class CutShortError(Exception):
     """A stream that ended without saying that it is complete."""
 
 
@@ -156,7 +156,7 @@ class Load:
             try:
                 text = TEXTS[number]
                 answer = "".join(self.service.stream(text)) if stream else self.service.complete(text)
-            except (openai.APIError, CutShort) as error:
+            except (openai.APIError, CutShortError) as error:
                 self.outcomes[type(error).__name__] += 1
             else:
                 is_right = answer == self.expected[number]
