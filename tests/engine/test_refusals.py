@@ -1,6 +1,7 @@
 """What cannot work is refused at start-up, in words that name the model, the reason and what to do."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,3 +309,18 @@ def test_an_fp8_e5m2_cache_is_refused(checkpoint: Callable) -> None:
         ValueError, match=r"Self-Extend \(attention backend CUSTOM\) cannot run.*kv_cache_dtype not supported"
     ):
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, kv_cache_dtype="fp8_e5m2", **IN_PROCESS)
+
+
+@pytest.mark.parametrize("max_model_len", [None, -1, 64])
+def test_a_length_that_was_left_out_is_warned_of(
+    max_model_len: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the backend chosen, nothing extended is not what was meant; a length that was given is."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    configure(tmp_path, {**LLAMA, "max_position_embeddings": 64}, max_model_len=max_model_len)
+    told = {record.getMessage() for record in caplog.records if record.name == "vllm.self_extend"}
+    warning = (
+        "Self-Extend has nothing to extend: without --max-model-len the model is served at its own length, 64 tokens. "
+        "Pass the length to serve, for instance --max-model-len 256."
+    )
+    assert (warning in told) == (max_model_len != 64)
