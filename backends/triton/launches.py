@@ -199,6 +199,7 @@ class AttentionLayer:
     ) -> None:
         _, num_heads, head_size = query.shape
         self.num_kv_heads, self.heads = kv_cache.shape[1], num_heads // kv_cache.shape[1]
+        self.sliding_window = params.sliding_window
         is_fp8 = kv_cache.dtype == torch.uint8
         shape = self.heads, head_size, query.element_size(), is_fp8, device
         decode, prefill = decode_tiles(*shape), prefill_tiles(*shape)
@@ -261,6 +262,8 @@ class AttentionLayer:
 
     def num_splits(self, num_blocks: int, max_seq_len: int) -> tuple[int, int]:
         """Among how many programs to share contexts, and how many one that is not long wants."""
+        if self.sliding_window:
+            max_seq_len = min(max_seq_len, self.sliding_window + MAX_DECODE_LEN)
         num_programs = num_blocks * self.num_kv_heads
         wanted = min(cdiv(self.wanted_programs, num_programs), MAX_SPLITS)
         # As many as LONGEST_SHARE asks for, while there is room for what they find.

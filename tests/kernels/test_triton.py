@@ -173,7 +173,10 @@ def test_how_many_programs_share_a_context() -> None:
     """On a GPU of 132 multiprocessors, with 8 KV heads: enough to fill it, and as many as a long context needs."""
     query, kv_cache = (torch.empty(shape, device="meta") for shape in ((2, 32, 128), (4, 8, 16, 256)))
     hopper = Device(None, 132)
-    layer = launches.AttentionLayer(query, kv_cache, query, AttentionParams(1.0), hopper, has_far=False)
+    layer, sliding = (
+        launches.AttentionLayer(query, kv_cache, query, params, hopper, has_far=False)
+        for params in (AttentionParams(1.0), AttentionParams(1.0, sliding_window=4096))
+    )
     splits = {
         (num_reqs, longest): layer.num_splits(num_reqs, longest)
         for num_reqs in (1, 16, 66, 300, 2000)
@@ -191,6 +194,7 @@ def test_how_many_programs_share_a_context() -> None:
         (2000, 4096): (1, 1),
         (2000, 131072): (1, 1),
     }
+    assert sliding.num_splits(66, 131072) == (1, 1)
     # What they find has room.
     size = launches.workspace_size(32, 8, 128, hopper)
     programs = [num_reqs * 8 * num_splits for (num_reqs, _), (num_splits, _) in splits.items() if num_splits > 1]
