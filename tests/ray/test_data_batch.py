@@ -28,6 +28,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_two_engines_give_the_answers_of_one_and_go_on_where_they_were_stopped(
     tmp_path: Path, plain: dict[str, Any]
 ) -> None:

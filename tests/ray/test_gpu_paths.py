@@ -18,6 +18,8 @@ import pytest
 from .programs import ROOT, environment, free_port, python, run, wait_until
 from .prompts import PROMPTS
 
+pytestmark = pytest.mark.slow
+
 ROWS = PROMPTS[:8]
 
 
@@ -42,7 +44,6 @@ def on_cluster() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder)
 
 
-@pytest.mark.slow
 def test_batch(tmp_path: Path, on_cluster: dict[str, str]) -> None:
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     command = python("examples/ray_data_batch.py", tmp_path / "prompts.jsonl", tmp_path / "answers")
@@ -52,7 +53,6 @@ def test_batch(tmp_path: Path, on_cluster: dict[str, str]) -> None:
     assert {row["id"]: row["answer"].strip()[:9] for row in found} == {row["id"]: row["key"] for row in ROWS}
 
 
-@pytest.mark.slow
 def test_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
     port, log = free_port(), tmp_path / "log"
     command = python("examples/ray_serve.py", "--tensor-parallel", 2, "--port", port)

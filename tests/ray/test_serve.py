@@ -17,6 +17,8 @@ import pytest
 from .programs import ROOT, environment, free_port, python, wait_until
 from .prompts import MAX_MODEL_LEN, PROMPTS, TOO_LONG
 
+pytestmark = pytest.mark.slow
+
 REPLICAS = 2
 CLIENTS = 16
 TEXTS = [row["prompt"] for row in PROMPTS[:CLIENTS]]
