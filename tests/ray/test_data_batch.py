@@ -41,9 +41,9 @@ def test_two_engines_give_the_answers_of_one_and_go_on_where_they_were_stopped(
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), text=True, stdout=out, stderr=subprocess.STDOUT
         )
-    wait_until(lambda: any(answers.glob("*.jsonl")), process, log, 300)
+    wait_until(lambda: any(answers.glob("*.jsonl")), process, log, 600)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) != 0
+    assert process.wait(180) != 0
     first = read(answers)
     assert 0 < sum(map(len, first.values())) < len(rows)
 

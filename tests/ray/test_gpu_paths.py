@@ -40,7 +40,7 @@ def on_cluster() -> Iterator[dict[str, str]]:
         yield settings
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(120)
         shutil.rmtree(folder)
 
 

@@ -56,8 +56,8 @@ class Service:
         return self.log.read_text().count("Started vLLM engine")
 
     def wait_until_ready(self, engines_started: int) -> None:
-        wait_until(lambda: self.engines_started() == engines_started, self.process, self.log, 300)
-        wait_until(lambda: "is ready at" in self.log.read_text(), self.process, self.log, 60)
+        wait_until(lambda: self.engines_started() == engines_started, self.process, self.log, 600)
+        wait_until(lambda: "is ready at" in self.log.read_text(), self.process, self.log, 120)
 
 
 class CutShortError(Exception):
@@ -81,7 +81,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         service.wait_until_ready(REPLICAS)
         yield service
         process.send_signal(signal.SIGINT)
-        process.wait(60)
+        process.wait(180)
     finally:
         process.kill()
         process.wait()
@@ -120,13 +120,13 @@ def test_a_replica_killed_under_load_costs_no_wrong_answer(service: Service, alo
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(load.run_client, number) for number in range(CLIENTS)]
         try:
-            wait_until(load.each_client_has(2), service.process, service.log, 120)
+            wait_until(load.each_client_has(2), service.process, service.log, 300)
             killed = next(iter(service.replicas().values()))
             started = service.engines_started()
             killed.kill()
-            wait_until(load.each_client_has(4), service.process, service.log, 120)
+            wait_until(load.each_client_has(4), service.process, service.log, 300)
             service.wait_until_ready(started + 1)
-            wait_until(load.each_client_has(6), service.process, service.log, 120)
+            wait_until(load.each_client_has(6), service.process, service.log, 300)
         finally:
             load.stop.set()
         for client in clients:
