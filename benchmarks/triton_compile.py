@@ -2,8 +2,8 @@
 
 Every specialisation that serving a common model would compile is compiled, for each target, from the very launches that
 serving makes, on tensors without data. Shown are registers, spills, shared memory, and which matrix instructions the
-grouped run's loop has. The exit code is 1 if a loop spills or none has matrix instructions, if shared memory does not
-suffice, or if a kernel does not compile.
+grouped run's loop has. The exit code is 1 if a loop that can be long spills or none has matrix instructions, if shared
+memory does not suffice, or if a kernel does not compile.
 
 Machine code is disassembled with the tools that Triton brings along. A loop is what lies between a label and a jump
 back to it; those with matrix instructions are, in their order, the grouped run's, the mixed tiles' and the neighbors'.
@@ -120,6 +120,11 @@ class Compiled:
     loops: list[dict[str, Any]] = field(default_factory=list)
 
     @property
+    def long_loops(self) -> list[dict[str, Any]]:
+        """All but the last but one, of the mixed tiles, which are few."""
+        return self.loops[:-2] + self.loops[-1:]
+
+    @property
     def problems(self) -> list[str]:
         """What must not be."""
         found = []
@@ -129,8 +134,8 @@ class Compiled:
         if self.kernel == "attention" and self.specialisation.cache != "float32":
             if not self.loops:
                 found.append("no matrix instructions in a loop")
-            elif spills := sum(loop["spills"] for loop in self.loops):
-                found.append(f"{spills} spills in loops")
+            elif spills := sum(loop["spills"] for loop in self.long_loops):
+                found.append(f"{spills} spills in the grouped or the neighbors' loop")
         return found
 
 
@@ -277,7 +282,7 @@ def main(
         console.print(f"{one.specialisation}: {one.kernel}: {problem}", style="red")
     if problems:
         raise typer.Exit(1)
-    console.print(f"{len(results)} kernels: no spills in loops, shared memory suffices.")
+    console.print(f"{len(results)} kernels: no spills in the loops that can be long, shared memory suffices.")
 
 
 if __name__ == "__main__":

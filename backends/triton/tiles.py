@@ -96,7 +96,7 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
     if itemsize == 4:
         return Tiles(rows, 16, 16, 3, 1, 8)
     if device.target.backend == "hip":
-        return Tiles(rows, 64, 32, 2, 2, num_warps) if head_size <= 128 else Tiles(rows, 32, 16, 2, 2, num_warps)
+        return Tiles(rows, *((64, 32) if head_size <= 128 else (32, 16)), 2, 2, 8 if rows > 32 else 4)
     return Tiles(rows, 64, 32, 5, 5, num_warps) if head_size <= 128 else Tiles(rows, 32, 16, 5, 3, 8)
 
 
