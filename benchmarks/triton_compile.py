@@ -121,8 +121,8 @@ class Compiled:
 
     @property
     def long_loops(self) -> list[dict[str, Any]]:
-        """All but the last but one, of the mixed tiles, which are few."""
-        return self.loops[:-2] + self.loops[-1:]
+        """All but the last but one, of the mixed tiles, which are few; without grouped positions there are none."""
+        return self.loops if self.specialisation.group_size == 1 else self.loops[:-2] + self.loops[-1:]
 
     @property
     def problems(self) -> list[str]:
