@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]
 def oracle() -> Iterator[Callable[..., list[torch.Tensor]]]:
     """The oracle in a process of its own: vLLM changes transformers' classes in the process where it runs them."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield lambda *args: [torch.from_numpy(x) for x in pool.submit(next_token_logprobs, *args).result()]
+        yield lambda *args, what=next_token_logprobs: [torch.from_numpy(x) for x in pool.submit(what, *args).result()]
 
 
 @contextlib.contextmanager

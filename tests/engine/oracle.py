@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.utils import ModelOutput
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class SelfExtend:
 
 def next_token_logprobs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[np.ndarray]:
     """For each sequence the log-probabilities `[len, vocab]` of the token after each of its tokens, in float32."""
+    return [output.logits[0].log_softmax(-1).numpy() for output in _outputs(checkpoint, sequences, method)]
+
+
+def hidden_states(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[np.ndarray]:
+    """For each sequence what the model makes of each of its tokens, `[len, hidden_size]`, after the last norm."""
+    return [output.hidden_states[-1][0].numpy() for output in _outputs(checkpoint, sequences, method)]
+
+
+def _outputs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> Iterator[ModelOutput]:
     AttentionInterface.register("self_extend_oracle", _attention)
     config = AutoConfig.from_pretrained(checkpoint)
     if config.rope_parameters.get("rope_type") == "longrope":
@@ -39,14 +49,11 @@ def next_token_logprobs(checkpoint: str, sequences: list[list[int]], method: Sel
     )
     model.config._attn_implementation = model.model.config._attn_implementation = "self_extend_oracle"
     model.eval()
-    results = []
     with _unrotated(model) as rotate, torch.inference_mode():
         for module in model.modules():
             module.oracle = (model.model.rotary_emb, rotate, method)
         for tokens in sequences:
-            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
-            results.append(logits.log_softmax(-1).numpy())
-    return results
+            yield model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
 
 
 @contextlib.contextmanager

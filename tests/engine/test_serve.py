@@ -1,16 +1,9 @@
 """`vllm serve` with the demo model, as a user would run it: a server process, the `openai` client, signals."""
 
-import os
 import random
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import openai
 import psutil
@@ -19,63 +12,18 @@ import pytest
 from vllm_selfextend.demo import MODEL_DIR
 
 from .passkeys import SENTENCE, Passkey, make_prompt
+from .servers import Server, serve
 
 MAX_MODEL_LEN = 4096
 PROMPT_TOKENS = 3000
 
 
-@dataclass
-class Server:
-    """A running server and a client for it."""
-
-    process: subprocess.Popen
-    client: openai.OpenAI
-    log: Path
-
-    def complete(self, prompt: str, **settings: object):
-        return self.client.completions.create(
-            model="passkey", prompt=prompt, **{"max_tokens": 5, "temperature": 0.0, **settings}
-        )
-
-    def chat(self, message: str, **settings: object):
-        return self.client.chat.completions.create(
-            model="passkey",
-            messages=[{"role": "user", "content": message}],
-            **{"max_tokens": 5, "temperature": 0.0, **settings},
-        )
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [Path(sys.executable).with_name("vllm"), "serve", MODEL_DIR, "--attention-backend", "CUSTOM"]
-    command += ["--max-model-len", MAX_MODEL_LEN, "--served-model-name", "passkey", "--dtype", "float32"]
-    command += ["--host", "127.0.0.1", "--port", port, "--kv-cache-memory-bytes", 512 << 20]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    with log.open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=environment)
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
-    try:
-        _wait(process, client, log)
-        yield Server(process, client, log)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _wait(process: subprocess.Popen, client: openai.OpenAI, log: Path) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            client.models.list()
-            return
-        except openai.APIConnectionError:
-            time.sleep(1)
-    pytest.fail(f"the server did not answer within 300 s:\n{log.read_text()}")
+    options = ["--attention-backend", "CUSTOM", "--max-model-len", MAX_MODEL_LEN]
+    options += ["--kv-cache-memory-bytes", 512 << 20]
+    with serve(MODEL_DIR, tmp_path_factory.mktemp("serve") / "log", *options) as running:
+        yield running
 
 
 def long_prompt(seed: int) -> Passkey:
