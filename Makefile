@@ -2,7 +2,7 @@
 # make evaluate  compare Self-Extend with YaRN and with the unmodified model on a real model
 # make check  run every static check and the unit tests, in less than a minute
 # make test   run every test but the slow ones, two at a time       make test-slow   run the slow ones
-# make test-gpu   run the tests that need a GPU
+# make test-ray   run those that start Ray          make test-gpu   run those that need a GPU
 # make sanitize   run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make benchmark  time the kernels and the engine against stock vLLM
 # All of them set up .venv first, and are quick the second time.
@@ -14,7 +14,7 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: install demo evaluate check test test-slow test-gpu lint sanitize benchmark format train clean
+.PHONY: install demo evaluate check test test-slow test-ray test-gpu lint sanitize benchmark format train clean
 .DEFAULT_GOAL := demo
 
 install: .venv/.installed
@@ -45,10 +45,13 @@ check: lint
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 
 test: install
-	$(PYTEST) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow and not ray" $(TESTS)
 
 test-slow: install
-	$(PYTEST) -m slow $(TESTS)
+	$(PYTEST) -m "slow and not ray" $(TESTS)
+
+test-ray: install
+	$(BIN)/pytest -m ray
 
 # On a GPU machine, with the PyTorch that is there: needs torch, triton and pytest, neither vLLM nor this package.
 test-gpu:
