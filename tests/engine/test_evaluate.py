@@ -100,7 +100,7 @@ def broken_off(texts: list[Path], output: Path, when: Callable[[], bool]) -> str
         while run.poll() is None and not when():
             time.sleep(0.02)
         os.killpg(run.pid, signal.SIGINT)
-        _, said = run.communicate(timeout=300)
+        _, said = run.communicate(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)

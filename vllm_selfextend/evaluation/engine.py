@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +69,6 @@ def ask(llm: "LLM", task: Task, prompts: Iterable[Prompt], on_answer: Callable[[
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
-    from vllm.v1.engine.exceptions import EngineDeadError
 
     sampling = SamplingParams(
         temperature=0.0,
@@ -87,9 +85,6 @@ def ask(llm: "LLM", task: Task, prompts: Iterable[Prompt], on_answer: Callable[[
             for output in engine.step():
                 prompt = waiting.pop(output.request_id)
                 on_answer(prompt, task.score(prompt, output))
-    except EngineDeadError:
-        time.sleep(1.0)  # Ctrl-C reaches the engine's process too, and maybe first: then it is what to say
-        raise
     finally:
         if waiting:
             engine.abort_request(list(waiting))
