@@ -83,6 +83,7 @@ setup(
         "vllm_selfextend.backends.triton",
         "vllm_selfextend.demo",
         "vllm_selfextend.evaluation",
+        "vllm_selfextend.transformers",
     ],
     package_data={"vllm_selfextend": ["py.typed"], "vllm_selfextend.demo": ["model/*"]},
     ext_modules=[

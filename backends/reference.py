@@ -1,5 +1,6 @@
 """Self-Extend in PyTorch, on any device and in any floating dtype: the oracle (in float64) and the fallback.
 
+`attend` is the attention itself, over keys and values at hand; the kernel set around it reads them from a paged cache.
 Block interior: `[..., :head_size]` is the key, `[..., head_size:]` the value. float16 and bfloat16 are computed in
 float32. Whole-tensor operations; a step's memory is bounded by `MAX_ELEMENTS`.
 """
@@ -75,7 +76,7 @@ def attention(
     out: torch.Tensor,
 ) -> None:
     """See `interface.Kernels.attention`."""
-    num_heads, dtype = query.shape[1], _compute_dtype(query)
+    dtype = _compute_dtype(query)
     seq_lens = batch.seq_lens.tolist()
     decodes = []
     for request, (begin, end) in enumerate(itertools.pairwise(batch.query_start_loc.tolist())):
@@ -84,15 +85,9 @@ def attention(
             continue
         seq_len = seq_lens[request]
         key, value, key_pos = _gather(kv_cache, batch, params, [request], seq_len - (end - begin), seq_len, dtype)
-        # Rows of queries, so that their scores stay within MAX_ELEMENTS.
-        rows = max(1, MAX_ELEMENTS // (num_heads * seq_len))
-        for row in range(begin, end, rows):
-            stop = min(row + rows, end)
-            num_keys = len(key_pos) - (end - stop)
-            chunk = query[None, row:stop].to(dtype), key[:, :, :num_keys], value[:, :, :num_keys]
-            out[row:stop] = _attend(*chunk, batch.positions[None, row:stop], key_pos[:num_keys], params)[0].to(
-                out.dtype
-            )
+        out[begin:end] = attend(query[None, begin:end], key, value, batch.positions[None, begin:end], key_pos, params)[
+            0
+        ]
     # Requests with one new token are taken together, those of like length with each other.
     decodes.sort(key=seq_lens.__getitem__)
     while decodes:
@@ -102,9 +97,10 @@ def attention(
         key, value, key_pos = _gather(kv_cache, batch, params, group, seq_lens[group[0]] - 1, longest, dtype)
         tokens = batch.query_start_loc[group].long()[:, None]
         query_pos = batch.positions[tokens]
+        hidden = _is_hidden(query_pos, key_pos, params)
         # Slots that a request does not see may hold anything, and 0 * nan is nan.
-        value = value.masked_fill(_is_hidden(query_pos, key_pos, params).mT[:, None], 0.0)
-        out[tokens] = _attend(query[tokens].to(dtype), key, value, query_pos, key_pos, params).to(out.dtype)
+        value = value.masked_fill(hidden.mT[:, None], 0.0)
+        out[tokens] = attend(query[tokens], key, value, query_pos, key_pos, params, hidden)
 
 
 def _scale(scale: torch.Tensor | None) -> torch.Tensor | float:
@@ -123,7 +119,7 @@ def _gather(
     """What queries at positions `first .. last - 1` may see, out of the cache's blocks.
 
     Returns:
-        Keys and values `[len(requests), num_kv_heads, keys, head_size]`, and the keys' positions `[keys]`.
+        Keys and values `[len(requests), num_kv_heads, keys, head_size]`, and the keys' positions `[1, keys]`.
 
     """
     block_size = kv_cache.shape[2]
@@ -140,7 +136,48 @@ def _gather(
     key, value = kv.chunk(2, dim=-1)
     if kv_cache.element_size() == 1:
         key, value = key * _scale(params.k_scale), value * _scale(params.v_scale)
-    return key, value, torch.arange(begin, last, device=kv_cache.device)
+    return key, value, torch.arange(begin, last, device=kv_cache.device)[None]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_pos: torch.Tensor,
+    key_pos: torch.Tensor,
+    params: AttentionParams,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over keys and values at hand, rows of queries at a time, so that scores stay within `MAX_ELEMENTS`.
+
+    Positions count the keys that a request has; a constant added to the positions that queries and keys were rotated
+    at does not matter. While torch compiles, nothing is decided by values, and all keys are turned back at every call.
+
+    Args:
+        query: `[requests, rows, num_heads, head_size]`, rotated at true positions.
+        key: `[requests, num_kv_heads, keys, head_size]`, at group positions, as in a cache.
+        value: `[requests, num_kv_heads, keys, head_size]`, finite where hidden too.
+        query_pos: `[requests or 1, rows]`, not decreasing.
+        key_pos: `[requests or 1, keys]`, not decreasing.
+        params: The layer.
+        hidden: `[requests or 1, rows, keys]`, bool: what a query does not see, the keys after it among them. None: the
+            keys after it, and outside of `params.sliding_window`; the queries are then the last keys' tokens.
+
+    Returns:
+        Like `query`; zeros for a query that sees nothing.
+
+    """
+    num_rows, num_keys, dtype = query.shape[1], key.shape[2], _compute_dtype(query)
+    key, value = key.to(dtype), value.to(dtype)
+    rows = max(1, MAX_ELEMENTS // (query.shape[0] * query.shape[2] * num_keys))
+    parts = []
+    for row in range(0, num_rows, rows):
+        stop = min(row + rows, num_rows)
+        keys = num_keys if hidden is not None else num_keys - (num_rows - stop)
+        part = query[:, row:stop].to(dtype), key[:, :, :keys], value[:, :, :keys]
+        part_hidden = None if hidden is None else hidden[:, row:stop]
+        parts.append(_attend(*part, query_pos[:, row:stop], key_pos[:, :keys], params, part_hidden).to(query.dtype))
+    return torch.cat(parts, dim=1)
 
 
 def _attend(
@@ -150,21 +187,9 @@ def _attend(
     query_pos: torch.Tensor,
     key_pos: torch.Tensor,
     params: AttentionParams,
+    hidden: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention over gathered keys and values.
-
-    Args:
-        query: `[requests, rows, num_heads, head_size]`.
-        key: `[requests, num_kv_heads, keys, head_size]`, as they lie in the cache.
-        value: `[requests, num_kv_heads, keys, head_size]`.
-        query_pos: `[requests, rows]`.
-        key_pos: `[keys]`, consecutive.
-        params: The layer.
-
-    Returns:
-        `[requests, rows, num_heads, head_size]`.
-
-    """
+    """See `attend`."""
     num_heads, num_kv_heads = query.shape[2], key.shape[1]
     query = query * params.scale
     if params.log_scale_len:
@@ -176,26 +201,39 @@ def _attend(
         scores = _self_extend_scores(query, key, query_pos, key_pos, params)
     if params.soft_cap:
         scores = params.soft_cap * torch.tanh(scores / params.soft_cap)
-    # Without a sliding window, everything up to the first query's position is seen by all of them.
-    column = 0 if params.sliding_window else max(0, int(query_pos.min()) + 1 - int(key_pos[0]))
-    scores[..., column:].masked_fill_(_is_hidden(query_pos, key_pos[column:], params)[:, None], float("-inf"))
+    if hidden is None:
+        # Without a sliding window, everything up to the first query's position is seen by all of them.
+        column = 0 if params.sliding_window else _count_until(query_pos.amin(1), key_pos)
+        unseen = _is_hidden(query_pos, key_pos[:, column:], params)
+        scores[..., column:].masked_fill_(unseen[:, None], float("-inf"))
+    else:
+        scores.masked_fill_(hidden[:, None], float("-inf"))
     if params.sinks is not None:
         sinks = params.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)
+    if hidden is not None:
+        weights = weights.masked_fill(hidden.all(2)[:, None, :, None], 0.0)  # the softmax of nothing is nan
     weights = weights.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).flatten(2, 3)
     answer: torch.Tensor = (weights @ value).unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
     return answer
 
 
 def _is_hidden(query_pos: torch.Tensor, key_pos: torch.Tensor, params: AttentionParams) -> torch.Tensor:
-    """Whether queries `[requests, rows]` do not see keys `[keys]`: `[requests, rows, keys]`."""
-    distance = query_pos[:, :, None] - key_pos
+    """Whether queries `[requests, rows]` do not see keys `[requests or 1, keys]`: `[requests, rows, keys]`."""
+    distance = query_pos[:, :, None] - key_pos[:, None]
     hidden = distance < 0
     if params.sliding_window:
         hidden |= distance >= params.sliding_window
     return hidden
+
+
+def _count_until(position: torch.Tensor, key_pos: torch.Tensor) -> int:
+    """How many of the first keys lie at `position` `[requests or 1]` or before, in every request."""
+    if torch.compiler.is_compiling():
+        return 0
+    return int((key_pos <= position[:, None]).sum(1).min())
 
 
 def _self_extend_scores(
@@ -208,12 +246,15 @@ def _self_extend_scores(
     """Scores `[requests, num_heads, rows, keys]`, each by its neighbor or its grouped relative position."""
     group, window, rotation = params.group_size, params.neighbor_window, params.required_rotation()
     exact = query_pos < params.exact_len
+    is_compiling = torch.compiler.is_compiling()
     # Keys before this column are no query's neighbors.
-    column = 0 if bool(exact.any()) else max(0, int(query_pos.min()) - window + 1 - int(key_pos[0]))
-    near, near_pos = key[:, :, column:], key_pos[column:]
-    neighbor = _scores(query, rotate(near, lag(near_pos, group), rotation))
-    is_neighbor = (query_pos[:, :, None] - near_pos < window) | exact[:, :, None]
-    if column == 0 and bool(is_neighbor.all()):
+    column = 0
+    if is_compiling or not bool(exact.any()):
+        column = _count_until(query_pos.amin(1) - window, key_pos)
+    near, near_pos = key[:, :, column:], key_pos[:, column:]
+    neighbor = _scores(query, rotate(near, lag(near_pos, group)[:, None], rotation))
+    is_neighbor = (query_pos[:, :, None] - near_pos[:, None] < window) | exact[:, :, None]
+    if column == 0 and not is_compiling and bool(is_neighbor.all()):
         return neighbor
     shift = window - window // group - lag(query_pos, group)
     grouped_query = rotate(query, shift[:, :, None], rotation)

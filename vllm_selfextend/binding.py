@@ -15,7 +15,8 @@ from .backends.interface import Rotation, num_rotation_steps
 from .config import SelfExtendConfig
 from .plan import ExtensionPlan, read_plan, write_plan
 from .rotary import cos_sin
-from .rotary_modules import ModelRotation, is_vllm_rotary, lengthen_tables, transformers_rotation, vllm_rotation
+from .rotary_modules import is_vllm_rotary, lengthen_tables, transformers_rotation, vllm_rotation
+from .rotation_probe import ModelRotation
 
 
 def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:

@@ -6,7 +6,6 @@ names.
 """
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,21 +13,12 @@ from torch import nn
 from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
-from .backends.interface import Rotation
-from .backends.reference import rotate
 from .rotary import Frequencies, cos_sin, inverse_frequencies, rope_parameters
+from .rotation_probe import ModelRotation, angle_error, matching_rotation, probe_positions, rotation_rows
 
 # The longrope module keeps both its tables in one and is not a RotaryEmbeddingBase.
 _VLLM_CLASSES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
 _TABLE_NAMES = ("cos_sin_cache", "cos_sin_cache_bf16", "long_short_cos_sin_cache")
-
-
-@dataclass(frozen=True)
-class ModelRotation:
-    """How a model rotates: its frequencies, and which dimensions make a pair (see `backends.interface.Rotation`)."""
-
-    frequencies: Frequencies
-    interleaved: bool
 
 
 def is_vllm_rotary(module: nn.Module) -> bool:
@@ -46,13 +36,13 @@ def vllm_rotation(module: nn.Module, hf_text_config: Any) -> ModelRotation:
     table = _table(module)
     start = _first_row(module)
     scaling = _attention_scaling(module)
-    positions = _probe_positions(table.shape[0] - start)
+    positions = probe_positions(table.shape[0] - start)
     rows = table[start + positions.to(table.device)].to("cpu", torch.float64)
     # vLLM rounds the table to the model's dtype.
-    allowed = _angle_error(positions) + 2 * torch.finfo(table.dtype).eps
+    allowed = angle_error(positions) + 2 * torch.finfo(table.dtype).eps
     for rope in rope_parameters(hf_text_config):
         frequencies = inverse_frequencies(rope, table.shape[1])
-        if bool(((rows / scaling - _rows(frequencies, positions)).abs() <= allowed).all()):
+        if bool(((rows / scaling - rotation_rows(frequencies, positions)).abs() <= allowed).all()):
             # Only GPT-NeoX pairs exist for longrope, whose module has no such attribute.
             return ModelRotation(frequencies, interleaved=not getattr(module, "is_neox_style", True))
     raise ValueError(_mismatch(module, hf_text_config))
@@ -96,22 +86,18 @@ def transformers_rotation(
     ropes = list(rope_parameters(hf_text_config))
     if any(rope.get("rope_type") == "longrope" for rope in ropes):
         raise ValueError("transformers chooses longrope's factors anew for every batch, and cached keys keep theirs.")
-    positions = _probe_positions(length)
+    positions = probe_positions(length)
     device = rotary.inv_freq.device
     cos, sin = rotary(torch.zeros(1, device=device, dtype=torch.float32), positions[None].to(device))
     rotary_dim = cos.shape[-1]
     probe = torch.randn(len(positions), rotary_dim, generator=torch.Generator().manual_seed(0))
     turned, _ = apply_rotary(*[probe[None, None].to(device)] * 2, cos, sin)
-    got = turned[0, 0].to("cpu", torch.float64) / getattr(rotary, "attention_scaling", 1.0)
-    allowed = 8 * (_angle_error(positions) + torch.finfo(torch.float32).eps)
-    for rope in ropes:
-        frequencies = inverse_frequencies(rope, rotary_dim)
-        for interleaved in (False, True):
-            rotation = Rotation(_rows(frequencies, positions), interleaved)
-            wanted = rotate(probe.double(), torch.arange(len(positions)), rotation)
-            if bool(((got - wanted).abs() <= allowed).all()):
-                return ModelRotation(frequencies, interleaved)
-    raise ValueError(_mismatch(rotary, hf_text_config))
+    got = turned[0, 0] / getattr(rotary, "attention_scaling", 1.0)
+    candidates = [inverse_frequencies(rope, rotary_dim) for rope in ropes]
+    found = matching_rotation(probe, got, positions, candidates)
+    if found is None:
+        raise ValueError(_mismatch(rotary, hf_text_config))
+    return found
 
 
 def _mismatch(module: nn.Module, hf_text_config: Any) -> str:
@@ -119,21 +105,6 @@ def _mismatch(module: nn.Module, hf_text_config: Any) -> str:
         f"this {type(module).__name__} does not rotate as the RoPE parameters in the model's config say "
         f"({list(rope_parameters(hf_text_config))}), and a key rotated back wrongly would give wrong answers."
     )
-
-
-def _probe_positions(length: int) -> torch.Tensor:
-    """Dense where one wrong frequency shows, then sparse to the end."""
-    positions = {*range(33), *(2**n for n in range(6, 40)), length - 1}
-    return torch.tensor(sorted(position for position in positions if position < length))
-
-
-def _rows(frequencies: Frequencies, positions: torch.Tensor) -> torch.Tensor:
-    return torch.cat([cos_sin(frequencies, p, p + 1, torch.float64) for p in positions.tolist()])
-
-
-def _angle_error(positions: torch.Tensor) -> torch.Tensor:
-    """What computing the angles in float32, as vLLM and transformers do, may cost."""
-    return positions[:, None] * 2.0**-21
 
 
 def _table(module: nn.Module) -> torch.Tensor:

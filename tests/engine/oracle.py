@@ -47,11 +47,11 @@ def _outputs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) ->
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, config=config, dtype=torch.float32, attn_implementation="eager"
     )
-    model.config._attn_implementation = model.model.config._attn_implementation = "self_extend_oracle"
+    model.config._attn_implementation = model.base_model.config._attn_implementation = "self_extend_oracle"
     model.eval()
     with _unrotated(model) as rotate, torch.inference_mode():
         for module in model.modules():
-            module.oracle = (model.model.rotary_emb, rotate, method)
+            module.oracle = (model.base_model.rotary_emb, rotate, method)
         for tokens in sequences:
             yield model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
 

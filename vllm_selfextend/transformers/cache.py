@@ -1,0 +1,125 @@
+"""Keys go into any of transformers' caches turned to their group positions, and a cache knows that they were."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..backends.interface import lag
+from ..backends.reference import rotate
+from .layer import NAME, Extension, extended_layer
+
+
+class GroupedKeys:
+    """Mixed into the class of a cache once it holds grouped keys, so that nothing takes them for ordinary ones.
+
+    Attributes:
+        grouped_layers: The indices of the layers whose keys are grouped.
+        group_size: `G`; what a key in the cache is depends on it alone.
+
+    """
+
+    grouped_layers: frozenset[int]
+    group_size: int
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """A layer without Self-Extend: sees no grouped keys.
+
+        Raises:
+            ValueError: It would.
+
+        """
+        if layer_idx in self.grouped_layers and self.get_seq_length(layer_idx) > 0:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"this cache was filled under Self-Extend with group_size {self.group_size}, and the model is not "
+                "extended now: its keys are at group positions. Begin with an empty cache."
+            )
+        return super().update(key, value, layer_idx, *args, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def _grouped_class(cache_class: type) -> type:
+    return type(f"Grouped{cache_class.__name__}", (GroupedKeys, cache_class), {})
+
+
+def _mark(cache: Any, extension: Extension, layer_idx: int) -> None:
+    """Note in a cache that its keys are grouped, as this model's are.
+
+    Raises:
+        ValueError: It already has keys, and they are not.
+
+    """
+    group_size = extension.plan.group_size
+    if isinstance(cache, GroupedKeys) and cache.group_size == group_size:
+        return
+    if cache.get_seq_length(layer_idx) > 0:
+        how = f"with group_size {cache.group_size}" if isinstance(cache, GroupedKeys) else "without Self-Extend"
+        raise ValueError(
+            f"this cache was filled {how}, and the model now has Self-Extend with group_size {group_size}: its keys "
+            "are at other positions. Begin with an empty cache."
+        )
+    if not isinstance(cache, GroupedKeys):
+        cache.__class__ = _grouped_class(type(cache))
+    cache.grouped_layers, cache.group_size = extension.grouped_layers, group_size
+
+
+class GroupingCache:
+    """Stands in for the cache, or for none, within one call of an attention module."""
+
+    def __init__(self, cache: Any, mask: torch.Tensor | None, module: nn.Module) -> None:
+        self._cache, self._mask, self._module = cache, mask, module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Turn the new keys `[batch, num_kv_heads, tokens, head_size]`, then do what the cache does."""
+        layer = extended_layer(self._module)
+        if layer is None:
+            raise RuntimeError("the model was changed by SelfExtend.remove while it ran.")
+        extension, is_compiling = layer.extension, torch.compiler.is_compiling()
+        group_size, num_rows = extension.plan.group_size, key.shape[2]
+        if self._mask is not None:
+            num_keys = self._mask.shape[3]
+        else:  # then the new keys are the last ones, and the cache knows how many it has
+            num_keys = num_rows + (0 if self._cache is None else int(self._cache.get_seq_length(layer_idx)))
+        if group_size > 1:
+            if self._cache is not None and not is_compiling:
+                _mark(self._cache, extension, layer_idx)
+            step = extension.step(self._mask, num_rows, num_keys, key.device)
+            rotation = layer.table.reaching(num_keys, key.device)
+            wide = key.to(torch.promote_types(key.dtype, torch.float32))
+            key = rotate(wide, -lag(step.query_pos, group_size)[:, None], rotation).to(key.dtype)
+        if not is_compiling:
+            layer.is_grouped = True
+        if self._cache is None:
+            return key, value
+        if isinstance(self._cache, GroupedKeys):
+            return super(GroupedKeys, self._cache).update(key, value, layer_idx, *args, **kwargs)  # type: ignore[misc]
+        return self._cache.update(key, value, layer_idx, *args, **kwargs)
+
+
+def swap_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """A forward pre-hook of an extended attention module: put a `GroupingCache` in place of its cache.
+
+    Raises:
+        RuntimeError: The module is called in a way that hides its mask or its cache.
+
+    """
+    layer = extended_layer(module)
+    if layer is None:
+        return args, kwargs
+    if "attention_mask" not in kwargs:
+        raise RuntimeError(
+            f"{type(module).__name__} is called without the keyword attention_mask; Self-Extend needs it."
+        )
+    if not torch.compiler.is_compiling():
+        layer.is_grouped = False
+        if (implementation := layer.extension.config._attn_implementation) != NAME:
+            raise RuntimeError(
+                f"the model's attention was set to {implementation!r} after SelfExtend.apply. Call "
+                "SelfExtend.remove(model), or SelfExtend.apply again."
+            )
+    cache = GroupingCache(kwargs.get(layer.cache_argument), kwargs["attention_mask"], module)
+    return args, {**kwargs, layer.cache_argument: cache}

@@ -1,0 +1,55 @@
+"""What a call of an extended model may not be given: inputs whose positions cannot be told."""
+
+import inspect
+from typing import Any
+
+import torch
+
+ADVICE = "Pass attention_mask, as the tokenizer returns it (1: a token, 0: padding)"
+
+
+def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of the base model.
+
+    Raises:
+        ValueError: There seems to be padding and no mask, or the positions do not count the tokens.
+
+    """
+    if torch.compiler.is_compiling():
+        return
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    tokens, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if mask is None and tokens is not None and _seems_padded(model.config, tokens):
+        raise ValueError(
+            f"the input begins or ends with the padding token {model.config.pad_token_id}, and there is no attention "
+            f"mask, so its positions cannot be told. {ADVICE}."
+        )
+    is_plain = mask is None or (
+        isinstance(mask, torch.Tensor) and mask.dim() == 2
+    )  # generate may have made masks of it
+    if positions is not None and is_plain:
+        past = given.get("past_key_values")
+        begin = 0 if past is None else int(past.get_seq_length())
+        if not _count_the_tokens(positions, None if mask is None else mask[:, begin : begin + positions.shape[1]]):
+            raise ValueError(
+                "position_ids do not go up by one from token to token (packed sequences?), and Self-Extend groups "
+                f"tokens by their order. {ADVICE}, and leave position_ids to the model."
+            )
+
+
+def _seems_padded(config: Any, tokens: torch.Tensor) -> bool:
+    """Whether there is padding at an end, if padding has a token of its own."""
+    pad, others = config.pad_token_id, (config.bos_token_id, config.eos_token_id)
+    if pad is None or tokens.shape[1] == 1 or any(pad == o or (isinstance(o, list) and pad in o) for o in others):
+        return False
+    return bool((tokens[:, [0, -1]] == pad).any())
+
+
+def _count_the_tokens(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether positions `[batch or 1, rows]` go up by one wherever two tokens follow each other."""
+    steps = positions.diff(dim=-1)
+    wrong = steps != 1
+    if mask is not None and mask.shape[1] == positions.shape[1]:
+        seen = mask.bool()
+        wrong = wrong & seen[:, 1:] & seen[:, :-1]
+    return not bool(wrong.any())

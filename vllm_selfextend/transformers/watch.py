@@ -1,0 +1,116 @@
+"""How each layer of a model rotates, found by watching it.
+
+Rows of one token at several positions go through the model. A token that sees itself alone has its value for an
+answer, whatever the scores, so every layer's input is the same in all rows, and its queries and keys differ by their
+rotation only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..rotation_probe import ModelRotation, matching_rotation
+
+NAME = "self_extend_watch"
+
+POSITIONS = torch.tensor([0, 1, 2, 3, 7, 31, 200])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an attention module did with the rows; queries and keys `[rows, heads, 1, head_size]`."""
+
+    module: nn.Module
+    query: torch.Tensor
+    key: torch.Tensor
+    sees_all: bool
+
+
+_seen: list[Seen] = []
+
+
+def _watch(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    _seen.append(Seen(module, query.detach(), key.detach(), bool(attention_mask.all())))
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
+
+
+def _watched_mask(batch_size: int, local_size: int | None = None, device: Any = "cpu", **kwargs: Any) -> torch.Tensor:
+    """True marks the layers that see the whole context. (What they pass as `sliding_window` tells nothing.)"""
+    return torch.full((batch_size, 1, 1, 1), local_size is None, device=device)
+
+
+AttentionInterface.register(NAME, _watch)
+AttentionMaskInterface.register(NAME, _watched_mask)
+
+
+@torch.no_grad()
+def watch(model: Any) -> list[Seen]:
+    """What each attention module does, in the order of the layers; the model's attention is set to `NAME` after it."""
+    embeddings = model.get_input_embeddings().weight
+    # A padding token may be embedded as zeros, which no rotation turns.
+    token = int(embeddings[:256].float().norm(dim=1).argmax())
+    positions = POSITIONS[:, None].to(embeddings.device)
+    model.set_attn_implementation(NAME)
+    _seen.clear()
+    try:
+        model(
+            input_ids=torch.full_like(positions, token),
+            attention_mask=torch.ones_like(positions),
+            position_ids=positions,
+            use_cache=False,
+        )
+        return list(_seen)
+    finally:
+        _seen.clear()
+
+
+def find_rotations(model: Any) -> dict[nn.Module, ModelRotation]:
+    """The rotation of every attention module that sees the whole context.
+
+    Raises:
+        ValueError: There is none, one has no RoPE, or how it rotates cannot be told.
+
+    """
+    candidates = [b.detach().float().cpu() for name, b in model.named_buffers() if name.endswith("inv_freq")]
+    seen = watch(model)
+    if not seen:
+        raise ValueError(
+            f"none of {type(model).__name__}'s layers attends through transformers' AttentionInterface, where "
+            "Self-Extend takes its place."
+        )
+    found, without = {}, []
+    for layer in [layer for layer in seen if layer.sees_all]:
+        name = type(layer.module).__name__
+        if layer.query.shape[-1] != layer.key.shape[-1]:
+            raise ValueError(f"the queries and keys of {name} have different sizes, so how it rotates is not known.")
+        both = torch.cat([layer.query, layer.key], 1)[:, :, 0].transpose(0, 1)  # [heads, rows, head_size]
+        if _is_still(both):
+            without.append(layer.module)
+            continue
+        rotation = matching_rotation(both[:, :1], both, POSITIONS, candidates)
+        if rotation is None:
+            raise ValueError(
+                f"how {name} rotates its queries and keys is not known: it is by none of the model's inv_freq, in "
+                "neither pairing of dimensions, and a key turned back wrongly would give wrong answers."
+            )
+        found[layer.module] = rotation
+    if without:
+        which = "its layers" if not found else f"{len(without)} of its layers that see the whole context"
+        raise ValueError(f"{which} have no rotary position embeddings (RoPE), which Self-Extend re-maps.")
+    if not found:
+        raise ValueError(
+            "every layer attends to a sliding window, so there is no long attention to extend. Load the model with "
+            "sliding_window=None in its config (its trained length is then the window)."
+        )
+    return found
+
+
+def _is_still(x: torch.Tensor) -> bool:
+    """Whether the rows of `[heads, rows, head_size]` are the same at all positions, and not by being nothing."""
+    allowed = 8 * torch.finfo(x.dtype).eps * x.abs().amax(-1, keepdim=True)
+    return bool(((x - x[:, :1]).abs() <= allowed).all()) and bool(x.any())
