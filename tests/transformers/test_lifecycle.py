@@ -1,0 +1,186 @@
+"""What `apply` and `remove` leave behind, and caches that outlive them."""
+
+import copy
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+import vllm_selfextend.transformers as SelfExtend
+from tests.engine.models import random_prompts
+
+from .families import FAMILIES, random_model
+from .prompts import greedy, padded
+
+TEXT = torch.tensor(random_prompts([150], seed=2))
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return random_model(FAMILIES["llama"])
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
+    return model(**{"input_ids": TEXT, **inputs}).logits
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_remove_restores_the_model_bit_for_bit(name: str, implementation: str) -> None:
+    model = random_model(FAMILIES[name])
+    model.set_attn_implementation(implementation)
+    before, attributes = logits(model), {m: set(vars(m)) for m in model.modules()}
+    SelfExtend.apply(model, 4, 16)
+    assert not torch.equal(logits(model), before)
+    SelfExtend.remove(model)
+    assert torch.equal(logits(model), before)
+    assert model.config._attn_implementation == implementation
+    assert {m: set(vars(m)) for m in model.modules()} == attributes
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_remove_without_apply_does_nothing(model: PreTrainedModel) -> None:
+    before = logits(model)
+    SelfExtend.remove(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_applying_twice_replaces(model: PreTrainedModel) -> None:
+    SelfExtend.apply(model, 5, 18)
+    once = logits(model)
+    SelfExtend.apply(model, 4, 16)
+    assert not torch.equal(logits(model), once)
+    SelfExtend.apply(model, 5, 18)
+    assert torch.equal(logits(model), once)
+
+
+def test_a_refused_apply_leaves_the_model(model: PreTrainedModel) -> None:
+    before = logits(model)
+    with pytest.raises(ValueError, match="window_size is 65"):
+        SelfExtend.apply(model, 4, 65)
+    assert torch.equal(logits(model), before)
+    SelfExtend.apply(model, 4, 16)
+    extended = logits(model)
+    with pytest.raises(ValueError, match="group_size is 0"):
+        SelfExtend.apply(model, 0, 16)
+    assert torch.equal(logits(model), extended)
+
+
+def test_a_text_within_the_window_or_exact_is_the_unmodified_models(model: PreTrainedModel) -> None:
+    before = logits(model)
+    SelfExtend.apply(model, 4, 16)
+    torch.testing.assert_close(logits(model)[:, :16], before[:, :16], atol=1e-4, rtol=0.0)
+    SelfExtend.apply(model, 4, 16, exact_short=True)
+    torch.testing.assert_close(logits(model)[:, :64], before[:, :64], atol=1e-4, rtol=0.0)
+    assert (logits(model)[:, 80:] - before[:, 80:]).abs().max() > 0.1
+
+
+def test_what_a_group_size_of_one_does_is_nothing(model: PreTrainedModel) -> None:
+    inputs = {"input_ids": TEXT[:, :60]}
+    before = logits(model, **inputs)
+    SelfExtend.apply(model, 1, 16)
+    torch.testing.assert_close(logits(model, **inputs), before, atol=1e-4, rtol=0.0)
+
+
+def caches(model: PreTrainedModel) -> list[Any]:
+    return [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=64)]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["dynamic", "static"])
+def test_a_cache_does_not_outlive_apply(model: PreTrainedModel, which: int) -> None:
+    cache = caches(model)[which]
+    logits(model, input_ids=TEXT[:, :20], past_key_values=cache)
+    SelfExtend.apply(model, 4, 16)
+    with pytest.raises(ValueError, match="filled without Self-Extend, and the model now has Self-Extend"):
+        logits(model, input_ids=TEXT[:, 20:21], past_key_values=cache)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["dynamic", "static"])
+def test_a_cache_does_not_outlive_remove(model: PreTrainedModel, which: int) -> None:
+    cache = caches(model)[which]
+    SelfExtend.apply(model, 4, 16)
+    logits(model, input_ids=TEXT[:, :20], past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    SelfExtend.apply(model, 5, 16)
+    with pytest.raises(
+        ValueError, match="filled with group_size 4, and the model now has Self-Extend with group_size 5"
+    ):
+        logits(model, input_ids=TEXT[:, 20:21], past_key_values=cache)
+    SelfExtend.remove(model)
+    for one in (cache, copied):
+        with pytest.raises(ValueError, match="filled under Self-Extend with group_size 4, and the model is not"):
+            logits(model, input_ids=TEXT[:, 20:21], past_key_values=one)
+    cache.reset()
+    got = logits(model, input_ids=TEXT[:, :20], past_key_values=cache)
+    torch.testing.assert_close(got, logits(model, input_ids=TEXT[:, :20]), atol=1e-4, rtol=0.0)
+
+
+def test_a_copied_cache_goes_on(model: PreTrainedModel) -> None:
+    """As one does to answer several questions on one text."""
+    SelfExtend.apply(model, 4, 16)
+    cache, wanted = DynamicCache(config=model.config), logits(model)
+    logits(model, input_ids=TEXT[:, :100], past_key_values=cache)
+    for _ in range(2):
+        got = logits(model, input_ids=TEXT[:, 100:], past_key_values=copy.deepcopy(cache))
+        torch.testing.assert_close(got, wanted[:, 100:], atol=1e-4, rtol=0.0)
+
+
+def test_another_attention_set_meanwhile_is_refused(model: PreTrainedModel) -> None:
+    SelfExtend.apply(model, 4, 16)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"attention was set to 'sdpa' after SelfExtend.apply"):
+        logits(model)
+    SelfExtend.remove(model)
+    logits(model)
+
+
+def test_in_bfloat16_the_answers_are_close(model: PreTrainedModel) -> None:
+    SelfExtend.apply(model, 4, 16)
+    wanted = logits(model).log_softmax(-1)
+    half = random_model(FAMILIES["llama"]).to(torch.bfloat16)
+    SelfExtend.apply(half, 4, 16)
+    got = logits(half).float().log_softmax(-1)
+    assert (got.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.9
+
+
+def test_a_padded_batch_in_a_forward_call(model: PreTrainedModel) -> None:
+    """Padding on either side, positions left to the model: each text as if it were alone."""
+    SelfExtend.apply(model, 4, 16)
+    prompts = random_prompts([150, 70, 9], seed=3)
+    for side in ("left", "right"):
+        inputs = padded(prompts, side)
+        got = logits(model, **inputs)
+        for row, prompt in enumerate(prompts):
+            alone = logits(model, input_ids=torch.tensor([prompt]))[0]
+            torch.testing.assert_close(got[row][inputs["attention_mask"][row].bool()], alone, atol=2e-4, rtol=0.0)
+
+
+def test_vllm_is_not_imported() -> None:
+    script = """
+import sys
+sys.modules["vllm"] = None  # an import would raise
+import vllm_selfextend.transformers as SelfExtend
+from tests.transformers.families import FAMILIES, random_model
+from tests.transformers.prompts import greedy
+model = random_model(FAMILIES["llama"])
+SelfExtend.apply(model, 4, 16)
+greedy(model, [[5, 6, 7]], 2)
+print(sorted(name for name in sys.modules if name.split(".")[0] == "vllm"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['vllm']"
+
+
+def test_a_model_answers_the_same_after_a_second_application(model: PreTrainedModel) -> None:
+    prompts = random_prompts([90, 30], seed=4)
+    before, _ = greedy(model, prompts, 4)
+    SelfExtend.apply(model, 4, 16)
+    extended, _ = greedy(model, prompts, 4)
+    SelfExtend.remove(model)
+    assert greedy(model, prompts, 4)[0] == before
+    SelfExtend.apply(model, 4, 16)
+    assert greedy(model, prompts, 4)[0] == extended != before

@@ -1,0 +1,161 @@
+"""What cannot work is refused by name, with what to do."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    DeepseekV3Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import vllm_selfextend.transformers as SelfExtend
+from tests.engine.models import CONFIGS, SHAPE, random_prompts
+
+from .families import FAMILIES, random_model
+from .prompts import PAD
+
+
+def rope(**parameters: Any) -> dict[str, Any]:
+    return {**SHAPE, "rope_parameters": {"rope_theta": 10000.0, **parameters}}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return random_model(FAMILIES["llama"])
+
+
+NOPE = Cohere2Config(
+    **SHAPE, sliding_window=24, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+)
+MLA = DeepseekV3Config(
+    **{**SHAPE, "num_key_value_heads": 4, "head_dim": 8},
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+    moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1,
+)  # fmt: skip
+MODELS = {
+    "dynamic": (LlamaConfig(**rope(rope_type="dynamic", factor=2.0)), "dynamic NTK.*frequencies move with the length"),
+    "longrope": (CONFIGS["longrope"], "'longrope': transformers chooses its factors anew"),
+    "mla": (MLA, r"multi-head latent attention \(MLA\)"),
+    "mrope": (LlamaConfig(**rope(rope_type="default", mrope_section=[4, 6, 6])), r"several position axes \(M-RoPE\)"),
+    "layers without": (NOPE, r"its layers have no rotary position embeddings \(RoPE\)"),
+    "learned positions": (GPT2Config(vocab_size=160, n_embd=64, n_layer=2, n_head=4), "RoPE|is not known"),
+    "all slide": (
+        MistralConfig(**SHAPE, sliding_window=24),
+        "every layer attends to a sliding window.*sliding_window=None",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_cannot_be_extended(name: str) -> None:
+    config, message = MODELS[name]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=message):
+        SelfExtend.apply(model, 4, 16)
+    assert model.config._attn_implementation == before
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_some_layers_without_rope() -> None:
+    """SmolLM3 rotates in some of the layers that see the whole context."""
+    from transformers import SmolLM3Config
+
+    config = SmolLM3Config(**{**SHAPE, "hidden_size": 128}, no_rope_layers=[1, 0, 1], use_sliding_window=False)
+    with pytest.raises(ValueError, match="1 of its layers that see the whole context have no rotary"):
+        SelfExtend.apply(AutoModelForCausalLM.from_config(config).eval(), 4, 16)
+
+
+def test_an_encoder_and_what_is_no_model() -> None:
+    small = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        SelfExtend.apply(T5ForConditionalGeneration(small), 4, 16)
+    with pytest.raises(ValueError, match="not a model of transformers"):
+        SelfExtend.apply(torch.nn.Linear(2, 2), 4, 16)
+
+
+def test_a_rotation_that_no_frequencies_of_the_model_explain(model: PreTrainedModel) -> None:
+    other = random_model(FAMILIES["llama"])
+    forward = other.model.rotary_emb.forward
+    other.model.rotary_emb.forward = lambda x, position_ids: forward(x, 1.01 * position_ids)
+    with pytest.raises(ValueError, match="how LlamaAttention rotates its queries and keys is not known"):
+        SelfExtend.apply(other, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"group_size": 0}, "group_size is 0; it must be an integer of at least 1"),
+        ({"group_size": 2.0}, "group_size is 2.0"),
+        ({"window_size": True}, "window_size is True"),
+        ({"window_size": 65}, "window_size is 65, more than the trained length 64.*at most 64"),
+        ({"trained_length": 10}, "window_size is 16, more than the trained length 10"),
+        ({"scale_base": 1}, "scale_base is 1; it must be an integer of at least 2, or -1"),
+        ({"exact_short": 1}, "exact_short is 1"),
+    ],
+)
+def test_numbers_that_are_not_allowed(model: PreTrainedModel, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfExtend.apply(model, **{"group_size": 4, "window_size": 16, **arguments})
+
+
+@pytest.fixture(scope="module")
+def extended() -> PreTrainedModel:
+    model = random_model(FAMILIES["llama"])
+    SelfExtend.apply(model, 4, 16)
+    return model
+
+
+def text(length: int) -> torch.Tensor:
+    return torch.tensor(random_prompts([length], seed=5))
+
+
+def test_a_text_past_what_the_numbers_reach(extended: PreTrainedModel) -> None:
+    extended(input_ids=text(208))
+    with pytest.raises(ValueError, match=r"has 209 tokens.*reaches 208. Apply it with a group_size of 5 or more"):
+        extended(input_ids=text(209))
+    padded = torch.cat([torch.full((1, 20), PAD), text(208)], 1)
+    extended(input_ids=padded, attention_mask=(padded != PAD).long())
+
+
+def test_padding_without_a_mask(extended: PreTrainedModel) -> None:
+    for parts in ([torch.full((1, 5), PAD), text(20)], [text(20), torch.full((1, 5), PAD)]):
+        with pytest.raises(ValueError, match=f"padding token {PAD}, and there is no attention mask"):
+            extended(input_ids=torch.cat(parts, 1))
+
+
+def test_positions_that_do_not_count_the_tokens(extended: PreTrainedModel) -> None:
+    packed = torch.cat([torch.arange(10), torch.arange(20)])[None]
+    with pytest.raises(ValueError, match="position_ids do not go up by one"):
+        extended(input_ids=text(30), position_ids=packed)
+    shifted = extended(input_ids=text(30), position_ids=torch.arange(7, 37)[None]).logits
+    torch.testing.assert_close(shifted, extended(input_ids=text(30)).logits, atol=1e-4, rtol=0.0)
+
+
+def test_masks_that_are_not_causal(extended: PreTrainedModel) -> None:
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()[None, None]
+    extended(input_ids=text(20), attention_mask=causal)
+    looks_ahead = causal.clone()
+    looks_ahead[..., :5, :5] = True
+    without_one = causal.clone()
+    without_one[..., 10:19, 3] = False
+    for mask in (looks_ahead, without_one):
+        with pytest.raises(ValueError, match="not a causal one"):
+            extended(input_ids=text(20), attention_mask=mask)
+    with pytest.raises(ValueError, match="it must be a 2D attention_mask"):
+        extended(input_ids=text(20), attention_mask=causal.float())
+
+
+def test_dropout() -> None:
+    model = random_model(LlamaConfig(**SHAPE, attention_dropout=0.1))
+    SelfExtend.apply(model, 4, 16)
+    with pytest.raises(ValueError, match=r"attention dropout is 0.1.*call model.eval\(\)"):
+        model.train()(input_ids=text(20))
