@@ -127,9 +127,12 @@ def test_a_text_past_what_the_numbers_reach(extended: PreTrainedModel) -> None:
 
 
 def test_padding_without_a_mask(extended: PreTrainedModel) -> None:
-    for parts in ([torch.full((1, 5), PAD), text(20)], [text(20), torch.full((1, 5), PAD)]):
+    padding = torch.full((1, 5), PAD)
+    left, right = torch.cat([padding, text(20)], 1), torch.cat([text(20), padding], 1)
+    for tokens in (left, torch.cat([text(25), right])):
         with pytest.raises(ValueError, match=f"padding token {PAD}, and there is no attention mask"):
-            extended(input_ids=torch.cat(parts, 1))
+            extended(input_ids=tokens)
+    extended(input_ids=right)
 
 
 def test_positions_that_do_not_count_the_tokens(extended: PreTrainedModel) -> None:

@@ -30,8 +30,17 @@ def mask(
 
     None has one meaning, where sdpa's has several: the layer sees the whole context, the queries are the last keys'
     tokens, and nothing is hidden but the keys after each.
+
+    Raises:
+        ValueError: The layer sees the whole context, but not as a causal one does.
+
     """
-    is_plain = mask_function is causal_mask_function and local_size is None and allow_is_causal_skip
+    is_plain = local_size is None and allow_is_causal_skip
+    if local_size is None and mask_function is not causal_mask_function:
+        raise ValueError(
+            "the model asks for attention that is not just causal (packed sequences, or tokens that see later ones), "
+            "from which Self-Extend cannot tell positions. Pass each text as a row of its own and a 2D attention_mask."
+        )
     are_last = isinstance(q_offset, int) and q_offset + q_length == kv_length and kv_offset == 0
     if is_plain and are_last and not torch.compiler.is_compiling():
         seen = None if attention_mask is None else attention_mask[:, :kv_length]

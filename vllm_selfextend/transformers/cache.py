@@ -1,6 +1,5 @@
 """Keys go into any of transformers' caches turned to their group positions, and a cache knows that they were."""
 
-import functools
 from typing import Any
 
 import torch
@@ -38,9 +37,8 @@ class GroupedKeys:
         return super().update(key, value, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
 
-@functools.cache
-def _grouped_class(cache_class: type) -> type:
-    return type(f"Grouped{cache_class.__name__}", (GroupedKeys, cache_class), {})
+_grouped_classes: dict[type, type] = {}
+"""By the class of the cache."""
 
 
 def _mark(cache: Any, extension: Extension, layer_idx: int) -> None:
@@ -60,7 +58,10 @@ def _mark(cache: Any, extension: Extension, layer_idx: int) -> None:
             "are at other positions. Begin with an empty cache."
         )
     if not isinstance(cache, GroupedKeys):
-        cache.__class__ = _grouped_class(type(cache))
+        plain = type(cache)
+        if plain not in _grouped_classes:
+            _grouped_classes[plain] = type(f"Grouped{plain.__name__}", (GroupedKeys, plain), {})
+        cache.__class__ = _grouped_classes[plain]
     cache.grouped_layers, cache.group_size = extension.grouped_layers, group_size
 
 

@@ -83,7 +83,7 @@ def apply(
     extension = Extension(
         plan=plan,
         scale_base=max(scale_base, 0),
-        grouped_layers=frozenset(module.layer_idx for module in rotations),
+        grouped_layers=frozenset(int(module.layer_idx) for module in rotations),
         implementation=before,
         config=model.config,
     )

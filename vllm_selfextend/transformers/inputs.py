@@ -19,30 +19,33 @@ def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         return
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     tokens, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    if mask is None and tokens is not None and _seems_padded(model.config, tokens):
+    past = given.get("past_key_values")
+    begin = 0 if past is None else int(past.get_seq_length())
+    if mask is None and tokens is not None and begin == 0 and _seems_padded(model.config, tokens):
         raise ValueError(
             f"the input begins or ends with the padding token {model.config.pad_token_id}, and there is no attention "
             f"mask, so its positions cannot be told. {ADVICE}."
         )
-    is_plain = mask is None or (
-        isinstance(mask, torch.Tensor) and mask.dim() == 2
-    )  # generate may have made masks of it
-    if positions is not None and is_plain:
-        past = given.get("past_key_values")
-        begin = 0 if past is None else int(past.get_seq_length())
-        if not _count_the_tokens(positions, None if mask is None else mask[:, begin : begin + positions.shape[1]]):
-            raise ValueError(
-                "position_ids do not go up by one from token to token (packed sequences?), and Self-Extend groups "
-                f"tokens by their order. {ADVICE}, and leave position_ids to the model."
-            )
+    if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):  # generate may have made masks of it already
+        return
+    rows_mask = None if mask is None or positions is None else mask[:, begin : begin + positions.shape[-1]]
+    if positions is not None and not _count_the_tokens(positions, rows_mask):
+        raise ValueError(
+            "position_ids do not go up by one from token to token (packed sequences?), and Self-Extend groups "
+            f"tokens by their order. {ADVICE}, and leave position_ids to the model."
+        )
 
 
 def _seems_padded(config: Any, tokens: torch.Tensor) -> bool:
-    """Whether there is padding at an end, if padding has a token of its own."""
+    """Whether there is padding at an end, if padding has a token of its own.
+
+    A text alone does not end in padding: there the model may have written the token itself.
+    """
     pad, others = config.pad_token_id, (config.bos_token_id, config.eos_token_id)
     if pad is None or tokens.shape[1] == 1 or any(pad == o or (isinstance(o, list) and pad in o) for o in others):
         return False
-    return bool((tokens[:, [0, -1]] == pad).any())
+    ends = tokens[:, [0, -1]] if len(tokens) > 1 else tokens[:, 0]
+    return bool((ends == pad).any())
 
 
 def _count_the_tokens(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:

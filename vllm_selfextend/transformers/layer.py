@@ -61,14 +61,22 @@ class Step:
         visible = mask[:, 0]
         query_pos = (visible.sum(2) - 1).clamp(min=0)
         key_pos = (visible[:, -1].cumsum(1) - 1).clamp(min=0)
-        if not torch.compiler.is_compiling() and num_rows > 1:
-            causal = visible[:, -1:] & (key_pos[:, None] <= query_pos[:, :, None]) & visible.any(2, keepdim=True)
-            if not bool((visible == causal).all()):
-                raise ValueError(
-                    "the attention mask is not a causal one (packed sequences, tokens that see later ones, or a custom "
-                    "mask): Self-Extend cannot tell positions from it. Pass a 2D attention_mask of the tokens."
-                )
+        if not torch.compiler.is_compiling() and num_rows > 1 and not _is_causal(visible):
+            raise ValueError(
+                "the attention mask is not a causal one (packed sequences, tokens that see later ones, or a custom "
+                "mask): Self-Extend cannot tell positions from it. Pass a 2D attention_mask of the tokens."
+            )
         return Step(query_pos, key_pos, ~visible)
+
+
+def _is_causal(visible: torch.Tensor) -> bool:
+    """Whether queries `[batch, rows, keys]` see what the last one sees, as far as their own slots."""
+    rows, slots = (torch.arange(size, device=visible.device) for size in visible.shape[1:])
+    last_seen = (visible * (slots + 1)).amax(2) - 1
+    # A query's slot is the last one it sees, or comes after it if the query stands for padding.
+    first_slot = torch.where(last_seen >= 0, last_seen - rows, -len(rows)).amax(1)
+    before = slots <= (first_slot[:, None] + rows)[:, :, None]
+    return bool((visible == visible[:, -1:] & before).all())
 
 
 @dataclass

@@ -69,7 +69,7 @@ def watch(model: Any) -> list[Seen]:
         _seen.clear()
 
 
-def find_rotations(model: Any) -> dict[nn.Module, ModelRotation]:
+def find_rotations(model: Any) -> dict[Any, ModelRotation]:
     """The rotation of every attention module that sees the whole context.
 
     Raises:
@@ -83,7 +83,8 @@ def find_rotations(model: Any) -> dict[nn.Module, ModelRotation]:
             f"none of {type(model).__name__}'s layers attends through transformers' AttentionInterface, where "
             "Self-Extend takes its place."
         )
-    found, without = {}, []
+    found: dict[Any, ModelRotation] = {}
+    without: list[nn.Module] = []
     for layer in [layer for layer in seen if layer.sees_all]:
         name = type(layer.module).__name__
         if layer.query.shape[-1] != layer.key.shape[-1]:
