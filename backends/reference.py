@@ -147,8 +147,9 @@ def attend(
     key_pos: torch.Tensor,
     params: AttentionParams,
     hidden: torch.Tensor | None = None,
+    max_elements: int = MAX_ELEMENTS,
 ) -> torch.Tensor:
-    """Attention over keys and values at hand, rows of queries at a time, so that scores stay within `MAX_ELEMENTS`.
+    """Attention over keys and values at hand, rows of queries at a time.
 
     Positions count the keys that a request has; a constant added to the positions that queries and keys were rotated
     at does not matter. While torch compiles, nothing is decided by values, and all keys are turned back at every call.
@@ -162,6 +163,8 @@ def attend(
         params: The layer.
         hidden: `[requests or 1, rows, keys]`, bool: what a query does not see, the keys after it among them. None: the
             keys after it, and outside of `params.sliding_window`; the queries are then the last keys' tokens.
+        max_elements: How many scores are held at once (a single query's are always). Every time anew, the neighbors of
+            those queries are turned back.
 
     Returns:
         Like `query`; zeros for a query that sees nothing.
@@ -169,7 +172,7 @@ def attend(
     """
     num_rows, num_keys, dtype = query.shape[1], key.shape[2], _compute_dtype(query)
     key, value = key.to(dtype), value.to(dtype)
-    rows = max(1, MAX_ELEMENTS // (query.shape[0] * query.shape[2] * num_keys))
+    rows = max(1, max_elements // (query.shape[0] * query.shape[2] * num_keys))
     parts = []
     for row in range(0, num_rows, rows):
         stop = min(row + rows, num_rows)

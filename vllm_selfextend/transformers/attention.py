@@ -12,6 +12,9 @@ from ..backends import reference
 from ..backends.interface import AttentionParams
 from .layer import NAME, Step, extended_layer
 
+MAX_ELEMENTS = 1 << 24
+"""Scores held at once, 64 MB in float32: few enough for any machine, enough rows for a fast product."""
+
 
 def mask(
     *,
@@ -118,7 +121,8 @@ def attention(
         params = layer.params(key.shape[2], query.device, scale, softcap, s_aux)
         step = layer.extension.step(attention_mask, query.shape[2], key.shape[2], query.device)
     rows = query.transpose(1, 2)
-    return reference.attend(rows, key, value, step.query_pos, step.key_pos, params, step.hidden), None
+    out = reference.attend(rows, key, value, step.query_pos, step.key_pos, params, step.hidden, MAX_ELEMENTS)
+    return out, None
 
 
 def _ordinary_step(mask: torch.Tensor | None, num_rows: int, num_keys: int, device: torch.device) -> Step:

@@ -87,8 +87,11 @@ def apply(
         implementation=before,
         config=model.config,
     )
+    tables: dict[tuple[int, bool], RotationTable] = {}  # layers that rotate alike share one
     for module, rotation in rotations.items():
-        setattr(module, ATTRIBUTE, ExtendedLayer(extension, RotationTable(rotation, plan), _cache_argument(module)))
+        kind = id(rotation.frequencies), rotation.interleaved
+        table = tables.setdefault(kind, RotationTable(rotation, plan))
+        setattr(module, ATTRIBUTE, ExtendedLayer(extension, table, _cache_argument(module)))
         extension.hooks.append(module.register_forward_pre_hook(swap_cache, with_kwargs=True))
     base = model.base_model
     setattr(base, MODEL_ATTRIBUTE, extension)
