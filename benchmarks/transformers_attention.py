@@ -1,8 +1,8 @@
 """What Self-Extend costs a layer in transformers, beside its plain SDPA: `python -m benchmarks.transformers_attention`.
 
-One Llama attention module, called as in a decode (one new token after a `DynamicCache`) and
-as in a prefill (all tokens at once); plain and extended in turns in one process, medians. Everything that a layer does
-is in it: its projections, its cache, turning keys. Needs torch and transformers only.
+One Llama layer, called as in a decode (one new token after what a `DynamicCache` holds) and as in a prefill (all tokens
+at once); plain and extended in turns in one process, one thread, medians of processor time. All that a layer does is in
+it: its projections, its cache, turning keys. Needs torch and transformers only.
 """
 
 import json
@@ -30,6 +30,7 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="append the rows here")] = None,
 ) -> None:
     """Time decodes and prefills of one layer."""
+    torch.set_num_threads(1)
     with torch.inference_mode():
         for length in lengths:
             cases = {"decode": decode(length, dtype, group_size, window_size)}
@@ -64,17 +65,19 @@ def layer(dtype: str, group_size: int | None, window_size: int, length: int) -> 
 
 
 def decode(length: int, dtype: str, group_size: int, window_size: int) -> list[Callable[[], Any]]:
-    """Calls of one new token after `length - 1`."""
+    """Calls of one new token after `length - 1`, and then one more each time."""
 
     def case(group: int | None) -> Callable[[], Any]:
         model = layer(dtype, group, window_size, length)
         cache = DynamicCache(config=model.config)
-        tokens = torch.randint(3, 256, (1, length))
-        for chunk in tokens[:, :-1].split(512, 1):
-            model(input_ids=chunk, past_key_values=cache)
+        token = torch.full((1, 1), 5)
+        model(input_ids=token, past_key_values=cache)
+        # What keys and values are does not matter to the time.
+        keys, values = torch.randn(2, 1, 8, length - 2, 128, dtype=getattr(torch, dtype))
+        DynamicCache.update(cache, keys, values, 0)
 
         def call() -> None:
-            model(input_ids=tokens[:, -1:], past_key_values=cache)
+            model(input_ids=token, past_key_values=cache)
 
         return call
 
@@ -89,14 +92,14 @@ def prefill_case(length: int, dtype: str, group_size: int, window_size: int) -> 
 
 
 def in_turns(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """The median seconds of each call."""
+    """The median seconds of each call: of the processor, which other programs on the machine change least."""
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + 1):
         for call, seconds in zip(calls, times, strict=True):
-            begin = time.perf_counter()
+            begin = time.process_time()
             call()
             if turn > 0:  # the first is for warming up
-                seconds.append(time.perf_counter() - begin)
+                seconds.append(time.process_time() - begin)
     return [statistics.median(seconds) for seconds in times]
 
 
