@@ -5,6 +5,7 @@ at once); plain and extended in turns in one process, one thread, medians of pro
 it: its projections, its cache, turning keys. Needs torch and transformers only.
 """
 
+import functools
 import json
 import statistics
 import time
@@ -88,7 +89,7 @@ def prefill_case(length: int, dtype: str, group_size: int, window_size: int) -> 
     """Calls of all tokens at once."""
     tokens = torch.randint(3, 256, (1, length))
     models = [layer(dtype, group, window_size, length) for group in (None, group_size)]
-    return [lambda model=model: model(input_ids=tokens, use_cache=False) for model in models]
+    return [functools.partial(model, input_ids=tokens, use_cache=False) for model in models]
 
 
 def in_turns(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
