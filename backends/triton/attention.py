@@ -287,7 +287,7 @@ def attention_kernel(
                         k_first = load_kv(slot + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
                         k_second = load_kv(slot + half + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
                         lag = keys - keys // GROUP_SIZE
-                        if kind == NEAR:
+                        if kind == NEAR and (IS_DECODE or HEAD_SIZE <= 128 or BLOCK_M > 32):
                             # The first key's row, and those of the few steps from it to the others, for all tiles the
                             # same: a row each would be as many bytes as keys and values.
                             base = tile - tile // GROUP_SIZE
@@ -297,7 +297,7 @@ def attention_kernel(
                             step_cosine, step_sine = load_cos_sin(cos_sin, lag - base, pairs_mask, pairs, ROTARY_DIM)
                             key_cosine = base_cosine * step_cosine - base_sine * step_sine
                             key_sine = base_sine * step_cosine + base_cosine * step_sine
-                        else:  # few tiles
+                        else:  # few tiles, or no registers left
                             key_cosine, key_sine = load_cos_sin(cos_sin, lag, pairs_mask, pairs, ROTARY_DIM)
                         k_first32, k_second32 = k_first.to(tl.float32), k_second.to(tl.float32)
                         turned_first, turned_second = turn(k_first32, k_second32, key_cosine, key_sine, DTYPE)

@@ -22,14 +22,15 @@ class Device:
     @property
     def has_fp8(self) -> bool:
         """Whether it has instructions that convert float8_e4m3fn: NVIDIA's from Ada on."""
-        return self._is_cuda(89)
+        return self.is_cuda(89)
 
     @property
     def has_wgmma(self) -> bool:
         """Whether its tensor cores read shared memory, of which a program has 227 KiB: Hopper, large Blackwells."""
-        return self._is_cuda(90) and not self._is_cuda(120)
+        return self.is_cuda(90) and not self.is_cuda(120)
 
-    def _is_cuda(self, arch: int) -> bool:
+    def is_cuda(self, arch: int) -> bool:
+        """Whether it is NVIDIA's, of a compute capability of `arch / 10` or more."""
         return self.target is not None and self.target.backend == "cuda" and self.target.arch >= arch
 
 
@@ -115,4 +116,4 @@ def prefill_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, devic
         return Tiles(128, 64, 32, 5, 5, 8)
     if head_size <= 128:
         return Tiles(max(64, at_least), 32, 16, 5, 3, 8 if is_fp8 else 4)
-    return Tiles(max(32, at_least), 32, 16, 3, 1, 8)
+    return Tiles(max(16 if device.is_cuda(120) else 32, at_least), 32, 16, 3, 1, 8)
