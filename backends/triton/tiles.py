@@ -98,7 +98,9 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
         return Tiles(rows, 16, 16, 3, 1, 8)
     if device.target.backend == "hip":
         return Tiles(rows, *((64, 32) if head_size <= 128 else (32, 16)), 2, 2, 8 if rows > 32 else 4)
-    return Tiles(rows, 64, 32, 5, 5, num_warps) if head_size <= 128 else Tiles(rows, 32, 16, 5, 3, 8)
+    if head_size <= 128:
+        return Tiles(rows, 64, 32, 5, 5, num_warps)
+    return Tiles(rows, 32, 16, 5, 1 if is_fp8 and device.is_cuda(120) else 3, 8)
 
 
 def prefill_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
