@@ -11,17 +11,11 @@ or a process has grown by more than `--growth` percent since the clients had bee
 """
 
 import asyncio
-import contextlib
 import json
-import os
 import random
-import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,10 +31,10 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import machine
+from tests.engine.servers import NAME, serve
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.passkey import COMPLETED, make_text
 
-MODEL = "passkey"
 MAX_MODEL_LEN = 4096
 LENGTHS = (60, 4000)
 NUM_PROMPTS = 60
@@ -68,39 +62,6 @@ class Request:
 
     prompt: list[int]
     answer: str
-
-
-@contextlib.contextmanager
-def serve(log: Path, arguments: list[str]) -> Iterator[tuple[psutil.Process, openai.AsyncOpenAI]]:
-    """`vllm serve` with the demo's model while open, once it answers."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL_DIR), "--served-model-name", MODEL]
-    command += ["--attention-backend", "CUSTOM", "--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32"]
-    command += ["--kv-cache-memory-bytes", str(CACHE_BYTES), "--host", "127.0.0.1", "--port", str(port), *arguments]
-    # A server that closes an idle connection in the moment that a client takes it up again has lost nothing.
-    environment = {"VLLM_LOGGING_LEVEL": "INFO", **os.environ, "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
-    with (
-        log.open("w") as out,
-        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment) as process,
-    ):
-        try:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
-            while True:
-                if process.poll() is not None:
-                    raise RuntimeError(f"The server ended with exit code {process.returncode}:\n{log.read_text()}")
-                try:
-                    client.models.list()
-                    break
-                except openai.APIConnectionError:
-                    time.sleep(0.5)
-            yield (
-                psutil.Process(process.pid),
-                openai.AsyncOpenAI(base_url=client.base_url, api_key="none", max_retries=0, timeout=600),
-            )
-        finally:
-            process.terminate()
 
 
 class Clients:
@@ -148,7 +109,7 @@ class Clients:
         if kind == "bad":
             bad = self.rng.choice(BAD_REQUESTS)
             try:
-                await self.client.completions.create(model=MODEL, **bad)
+                await self.client.completions.create(model=NAME, **bad)
             except openai.BadRequestError:
                 return
             self._fail("not refused", f"{str(bad)[:60]}")
@@ -169,7 +130,7 @@ class Clients:
 
     async def _complete(self, prompt: list[int], **settings: Any) -> Any:
         return await self.client.completions.create(
-            model=MODEL,
+            model=NAME,
             prompt=prompt,
             temperature=0.0,
             max_tokens=NEW_TOKENS,
@@ -251,11 +212,16 @@ def main(
     log: Annotated[Path | None, typer.Option(help="Where the server's log goes; else it is dropped.")] = None,
 ) -> None:
     """Keep a server under load and hold every answer against the same request's when it was alone."""
+    options = ["--attention-backend", "CUSTOM", "--max-model-len", MAX_MODEL_LEN, "--max-num-seqs", 64]
+    options += ["--kv-cache-memory-bytes", CACHE_BYTES]
+    # A server that closes an idle connection in the moment that a client takes it up again has lost nothing.
+    environment = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600"}
     with (
         tempfile.TemporaryDirectory() as folder,
-        serve(log or Path(folder) / "log", ["--max-num-seqs", "64"]) as (server, client),
+        serve(MODEL_DIR, log or Path(folder) / "log", *options, **environment) as server,
     ):
-        result = asyncio.run(soak(server, client, 60 * minutes, clients, seed))
+        client = openai.AsyncOpenAI(base_url=server.client.base_url, api_key="none", max_retries=0, timeout=600)
+        result = asyncio.run(soak(psutil.Process(server.process.pid), client, 60 * minutes, clients, seed))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     console.print(result_table(result))

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 import psutil
-import pytest
 
 NAME = "passkey"
 
@@ -21,17 +21,17 @@ NAME = "passkey"
 class Server:
     """A running server and a client for it."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     client: openai.OpenAI
     url: str
     log: Path
 
-    def complete(self, prompt: str, **settings: object):
+    def complete(self, prompt: str, **settings: Any) -> Any:
         return self.client.completions.create(
             model=NAME, prompt=prompt, **{"max_tokens": 5, "temperature": 0.0, **settings}
         )
 
-    def chat(self, message: str, **settings: object):
+    def chat(self, message: str, **settings: Any) -> Any:
         return self.client.chat.completions.create(
             model=NAME,
             messages=[{"role": "user", "content": message}],
@@ -59,7 +59,7 @@ def serve(model: str | Path, log: Path, *options: object, **environment: str) ->
         _end(process)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """End it and what it started: killed, a server leaves engines of its data parallelism behind."""
     if process.poll() is None:
         family = psutil.Process(process.pid).children(recursive=True)
@@ -69,7 +69,7 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _wait(process: subprocess.Popen, client: openai.OpenAI, log: Path) -> None:
+def _wait(process: subprocess.Popen[bytes], client: openai.OpenAI, log: Path) -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
@@ -78,4 +78,4 @@ def _wait(process: subprocess.Popen, client: openai.OpenAI, log: Path) -> None:
             return
         except openai.APIConnectionError:
             time.sleep(1)
-    pytest.fail(f"the server did not answer within 300 s:\n{log.read_text()}")
+    raise TimeoutError(f"the server did not answer within 300 s:\n{log.read_text()}")

@@ -150,11 +150,11 @@ def _unsupported(model: Any) -> str | None:
         kind = getattr(module, "rope_type", None)
         types |= set(kind.values()) if isinstance(kind, dict) else {kind}
     for moving, why in {
-        "dynamic": "(dynamic NTK): the frequencies move with the length",
+        "dynamic": " (dynamic NTK): the frequencies move with the length",
         "longrope": ": transformers chooses its factors anew for every batch",
     }.items():
         if moving in types:
-            return f"its RoPE is {moving!r} {why}, so a cached key cannot be turned back.".replace(" :", ":")
+            return f"its RoPE is {moving!r}{why}, so a cached key cannot be turned back."
     return None
 
 
