@@ -194,10 +194,7 @@ def _attend(
 ) -> torch.Tensor:
     """See `attend`."""
     num_heads, num_kv_heads = query.shape[2], key.shape[1]
-    query = query * params.scale
-    if params.log_scale_len:
-        factor = (query_pos + 1).to(query.dtype).log() / math.log(params.log_scale_len)
-        query = query * factor.clamp(min=1.0)[:, :, None, None]
+    query = log_scaled(query * params.scale, query_pos, params)
     if params.group_size == 1:
         scores = _scores(query, key)
     else:
@@ -259,9 +256,7 @@ def _self_extend_scores(
     is_neighbor = (query_pos[:, :, None] - near_pos[:, None] < window) | exact[:, :, None]
     if column == 0 and not is_compiling and bool(is_neighbor.all()):
         return neighbor
-    shift = window - window // group - lag(query_pos, group)
-    grouped_query = rotate(query, shift[:, :, None], rotation)
-    scores = _scores(grouped_query, key)
+    scores = _scores(at_group_position(query, query_pos, params), key)
     scores[..., column:] = torch.where(is_neighbor[:, None], neighbor, scores[..., column:])
     return scores
 
@@ -272,6 +267,21 @@ def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     packed = query.transpose(1, 2).unflatten(1, (num_kv_heads, -1)).flatten(2, 3)
     scores: torch.Tensor = (packed @ key.transpose(2, 3)).unflatten(2, (-1, rows)).flatten(1, 2)
     return scores
+
+
+def log_scaled(query: torch.Tensor, query_pos: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+    """Queries `[..., num_heads, head_size]` at `query_pos` `[...]`, multiplied as `params.log_scale_len` says."""
+    if not params.log_scale_len:
+        return query
+    factor = (query_pos + 1).to(query.dtype).log() / math.log(params.log_scale_len)
+    return query * factor.clamp(min=1.0)[..., None, None]
+
+
+def at_group_position(query: torch.Tensor, query_pos: torch.Tensor, params: AttentionParams) -> torch.Tensor:
+    """Queries `[..., num_heads, head_size]`, turned from `query_pos` `[...]` to where they meet grouped keys."""
+    window, group_size = params.neighbor_window, params.group_size
+    steps = window - window // group_size - lag(query_pos, group_size)
+    return rotate(query, steps[..., None], params.required_rotation())
 
 
 def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Tensor:

@@ -10,7 +10,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..backends import reference
 from ..backends.interface import AttentionParams
-from .layer import NAME, Step, extended_layer
+from .layer import NAME, extended_layer
+from .step import Step
 
 MAX_ELEMENTS = 1 << 24
 """Scores held at once, 64 MB in float32: few enough for any machine, enough rows for a fast product."""
@@ -94,7 +95,7 @@ def attention(
         `[batch, rows, num_heads, head_size]`, and None for the weights.
 
     Raises:
-        ValueError: The layer asks for what this attention does not do.
+        ValueError: The layer asks for what this attention, or FlashAttention, does not do.
         RuntimeError: Its keys did not pass through `GroupingCache`.
 
     """
@@ -120,6 +121,8 @@ def attention(
             )
         params = layer.params(key.shape[2], query.device, scale, softcap, s_aux)
         step = layer.extension.step(attention_mask, query.shape[2], key.shape[2], query.device)
+        if layer.extension.flash_attention is not None:
+            return layer.extension.flash_attention.attend(query, key, value, step, params), None
     rows = query.transpose(1, 2)
     out = reference.attend(rows, key, value, step.query_pos, step.key_pos, params, step.hidden, MAX_ELEMENTS)
     return out, None

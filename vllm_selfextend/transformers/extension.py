@@ -11,6 +11,7 @@ from ..positions import capacity
 from ..rotary import rope_parameters
 from . import attention as _attention  # noqa: F401  # registers it
 from .cache import swap_cache
+from .flash_attention import find_flash_attention
 from .inputs import check_inputs
 from .layer import ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
 from .watch import find_rotations
@@ -46,9 +47,10 @@ def apply(
         model: A decoder with RoPE, any class that attends through transformers' `AttentionInterface`; any dtype.
         group_size: `G`, how many neighboring positions share one grouped position; 1 is ordinary attention.
         window_size: `W`, how many tokens back positions stay exact.
-        enable_flash_attention: Must be False.
+        enable_flash_attention: Let the package flash-attn attend, in float16 or bfloat16 on a GPU; the answers are the
+            same but for rounding.
         scale_base: Multiply queries by `max(1, ln(position + 1) / ln(scale_base))`; -1 does not.
-        flash_attention_impl: Read with `enable_flash_attention` only.
+        flash_attention_impl: Must be "flash_attn"; read with `enable_flash_attention` only.
         trained_length: `L`, tokens; None is the length that the model's config names.
         exact_short: Queries at positions below `L` get the unmodified model's attention. False is the paper to the
             letter.
@@ -64,11 +66,10 @@ def apply(
     """
     if reason := _unsupported(model):
         raise ValueError(f"Self-Extend cannot be applied to this {type(model).__name__}: {reason}")
-    if enable_flash_attention:
-        raise ValueError(
-            "enable_flash_attention is True, and this version has no FlashAttention path for transformers yet; leave "
-            "it False: the answers are the same."
-        )
+    flash_attention = find_flash_attention(flash_attention_impl) if enable_flash_attention else None
+    # Every layer is asked again when it attends; embeddings have the type that a quantised model computes in.
+    if flash_attention and (reason := flash_attention.unusable(model.get_input_embeddings().weight)):
+        raise ValueError(reason)
     plan = _plan(model.config, group_size, window_size, trained_length, exact_short, scale_base)
     remove(model)
     before = model.config._attn_implementation
@@ -86,6 +87,7 @@ def apply(
         grouped_layers=frozenset(int(module.layer_idx) for module in rotations),
         implementation=before,
         config=model.config,
+        flash_attention=flash_attention,
     )
     tables: dict[tuple[int, bool], RotationTable] = {}  # layers that rotate alike share one
     for module, rotation in rotations.items():

@@ -1,0 +1,244 @@
+"""`enable_flash_attention=True`: the package flash-attn attends, in as many calls as a step's softmax has parts.
+
+Each part is what FlashAttention does: the last of some tokens' queries over all of their keys, causal. Of a sequence of
+`n` tokens, the queries below `exact_len` see the keys below it, turned back to their positions; the queries past it see
+the last `W` keys turned back, through a window, and those at `W` and later the first `n - W` keys as they lie, with the
+queries turned to their group positions. The outputs are put together by their log-sum-exp.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from ..backends.interface import AttentionParams, lag
+from ..backends.reference import at_group_position, log_scaled, rotate
+from .step import Step
+
+MAX_HEAD_SIZE = 256
+"""FlashAttention 2's (`csrc/flash_attn/flash_api.cpp`); it pads sizes that are not multiples of 8 itself."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of a step's queries and the keys that they see, each sequence's one after another.
+
+    Attributes:
+        rows: What picks the queries out of `[batch, rows]`, an index.
+        keys: What picks the keys out of `[batch, keys]`.
+        cu_seqlens_q: `[batch + 1]`, int32: where each sequence's queries begin.
+        cu_seqlens_k: The same of keys.
+        max_seqlen_q: The most queries of a sequence.
+        max_seqlen_k: The most keys.
+        window_size: How many keys before and after its own token a query sees; -1: all.
+        is_grouped: Whether keys count as they lie, at their group positions.
+
+    """
+
+    rows: tuple[Any, ...]
+    keys: tuple[Any, ...]
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    window_size: tuple[int, int]
+    is_grouped: bool
+
+
+@dataclass
+class FlashAttention:
+    """The package, and what a step's layers share.
+
+    Attributes:
+        varlen_func: `flash_attn.flash_attn_varlen_func`.
+        device_type: Where it runs.
+        dtypes: What it takes.
+
+    """
+
+    varlen_func: Callable[..., Any]
+    device_type: str = "cuda"
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    _last: tuple[Step, list[Part]] | None = None
+
+    def unusable(self, tensor: torch.Tensor) -> str | None:
+        """Why it does not take a model of such weights, or such queries; None if it does."""
+        if tensor.device.type == self.device_type and tensor.dtype in self.dtypes:
+            return None
+        return (
+            f"FlashAttention is for float16 or bfloat16 on a GPU, and this model is in {tensor.dtype} on "
+            f"{tensor.device}: load it with dtype=torch.bfloat16 and move it to a GPU before SelfExtend.apply, or "
+            "leave enable_flash_attention False."
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many queries a part has is read from the mask
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, params: AttentionParams
+    ) -> torch.Tensor:
+        """Attend; what a query that stands for padding gets may be anything finite.
+
+        Args:
+            query: `[batch, num_heads, rows, head_size]`, rotated at true positions.
+            key: `[batch, num_kv_heads, keys, head_size]`, at group positions.
+            value: Like `key`.
+            step: Where queries and keys are.
+            params: The layer; the numbers are the same at every call.
+
+        Returns:
+            `[batch, rows, num_heads, head_size]`.
+
+        Raises:
+            ValueError: FlashAttention does not take these tensors.
+
+        """
+        if reason := self.unusable(query):
+            raise ValueError(reason)
+        if query.shape[-1] > MAX_HEAD_SIZE:
+            raise ValueError(
+                f"the head size is {query.shape[-1]}, and FlashAttention takes up to {MAX_HEAD_SIZE}: leave "
+                "enable_flash_attention False."
+            )
+        if self._last is None or self._last[0] is not step:
+            self._last = step, parts(step, params, len(query))
+        rows, wide = query.transpose(1, 2), torch.promote_types(query.dtype, torch.float32)
+        query_pos, key_pos = step.query_pos.expand(rows.shape[:2]), step.key_pos.expand(len(key), -1)
+        output = rows.new_zeros(rows.shape, dtype=wide)
+        lse = output.new_full(rows.shape[:3], float("-inf"))
+        for part in self._last[1]:
+            part_query, part_pos = _pick(rows, part.rows).to(wide), _pick(query_pos, part.rows)
+            part_query = log_scaled(part_query, part_pos, params)
+            part_key = _pick(key.transpose(1, 2), part.keys)
+            if part.is_grouped:
+                part_query = at_group_position(part_query, part_pos, params)
+            elif params.group_size > 1:
+                steps = lag(_pick(key_pos, part.keys), params.group_size)
+                part_key = rotate(part_key.to(wide), steps[:, None], params.required_rotation())
+            part_output, part_lse, _ = self.varlen_func(
+                part_query.to(query.dtype),
+                part_key.to(query.dtype),
+                _pick(value.transpose(1, 2), part.keys),
+                part.cu_seqlens_q,
+                part.cu_seqlens_k,
+                part.max_seqlen_q,
+                part.max_seqlen_k,
+                softmax_scale=params.scale,
+                causal=True,
+                window_size=part.window_size,
+                softcap=params.soft_cap,
+                return_attn_probs=True,
+            )
+            before, before_lse = output[part.rows], lse[part.rows]
+            part_output, part_lse = part_output.view_as(before), part_lse.T.reshape(before_lse.shape)
+            merged = torch.logaddexp(before_lse, part_lse)
+            share, part_share = (before_lse - merged).exp()[..., None], (part_lse - merged).exp()[..., None]
+            output[part.rows] = before * share + part_output * part_share
+            lse[part.rows] = merged
+        if params.sinks is not None:
+            output *= torch.sigmoid(lse - params.sinks.to(wide))[..., None]
+        return output.to(query.dtype)
+
+    def forget_step(self) -> None:
+        """Do not keep a step's masks alive between calls of the model."""
+        self._last = None
+
+
+def find_flash_attention(implementation: str) -> FlashAttention:
+    """The package flash-attn, under the name that the authors' `apply` has for it.
+
+    Raises:
+        ValueError: Another implementation is asked for, or the package is not there.
+
+    """
+    if implementation != "flash_attn":
+        raise ValueError(
+            f"flash_attention_impl is {implementation!r}; it must be 'flash_attn' (the authors' 'triton' is a copy of "
+            "FlashAttention that is not needed any more)."
+        )
+    try:
+        from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ValueError(
+            f"enable_flash_attention is True, and the package flash-attn cannot be imported ({error}): "
+            "pip install 'flash-attn>=2.6', or leave it False."
+        ) from error
+    return FlashAttention(flash_attn_varlen_func)
+
+
+def parts(step: Step, params: AttentionParams, batch: int) -> list[Part]:
+    """The parts of a step's softmax: a sequence's query has at least one of them, and in each at least one key."""
+    window = params.neighbor_window
+    first, length, tokens = _sequences(step)
+    exact_len = length if params.group_size == 1 else length.clamp(max=params.exact_len)
+    near_from = torch.maximum(first, exact_len)
+    far_from = near_from.clamp(min=window)
+    zero = torch.zeros_like(length)
+    spans = [
+        # The positions of queries and of keys, from and to; how many keys a query sees; whether they are grouped.
+        ((first, exact_len), (zero, exact_len), None, False),
+        ((near_from, length), ((near_from - window + 1).clamp(min=0), length), window, False),
+        ((far_from, length), (zero, length - window), None, True),
+    ]
+    found = []
+    for (row_from, row_to), (key_from, key_to), num_seen, is_grouped in spans:
+        row_lens = (row_to - row_from).clamp(min=0)
+        key_lens = (key_to - key_from).where(row_lens > 0, 0)
+        if not row_lens.any():
+            continue
+        rows: tuple[Any, ...]
+        keys: tuple[Any, ...]
+        if tokens is None:
+            start = int(first)
+            rows = slice(None), slice(int(row_from) - start, int(row_to) - start)
+            keys = slice(None), slice(int(key_from), int(key_to))
+        else:
+            rows = _indices(tokens[0], step.query_pos, row_from, row_lens)
+            keys = _indices(tokens[1], step.key_pos, key_from, key_lens)
+        row_lens, key_lens = row_lens.expand(batch), key_lens.expand(batch)
+        cu_seqlens_q, cu_seqlens_k = (
+            pad(lens.cumsum(0), (1, 0)).to(step.query_pos.device, torch.int32) for lens in (row_lens, key_lens)
+        )
+        found.append(
+            Part(
+                rows=rows,
+                keys=keys,
+                cu_seqlens_q=cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
+                max_seqlen_q=int(row_lens.max()),
+                max_seqlen_k=int(key_lens.max()),
+                window_size=(-1, -1) if num_seen is None else (num_seen - 1, 0),
+                is_grouped=is_grouped,
+            )
+        )
+    return found
+
+
+def _sequences(step: Step) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    """Of each sequence the position of its first query and its length `[batch or 1]`, on the CPU.
+
+    Also which queries `[batch, rows]` and which keys `[batch, keys]` are tokens, not padding; None: all are.
+    """
+    if step.hidden is None:
+        first, last = step.query_pos[0, [0, -1]].cpu()
+        return first[None], last[None] + 1, None
+    seen = ~step.hidden
+    num_seen = seen.sum(2)
+    # A query that sees no more than the one before stands for padding.
+    is_query = num_seen.diff(dim=1, prepend=torch.zeros_like(num_seen[:, :1])) > 0
+    length = num_seen[:, -1]
+    first, length = torch.stack([length - is_query.sum(1), length]).cpu()
+    return first, length, (is_query, seen[:, -1])
+
+
+def _indices(
+    is_token: torch.Tensor, positions: torch.Tensor, begin: torch.Tensor, lens: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Where the tokens `[batch, tokens]` are that lie at `lens` positions from `begin` `[batch]` on."""
+    offsets = positions - begin.to(positions.device)[:, None]
+    return (is_token & (offsets >= 0) & (offsets < lens.to(positions.device)[:, None])).nonzero(as_tuple=True)
+
+
+def _pick(tensor: torch.Tensor, where: tuple[Any, ...]) -> torch.Tensor:
+    """Out of `[batch, tokens, ...]`: `[picked tokens, ...]`, copied only if they do not lie one after another."""
+    return tensor[where].reshape(-1, *tensor.shape[2:])
