@@ -9,7 +9,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tests.kernels.flash_stand_in import FLASH
+from tests.kernels.flash_kernels import FLASH
 from vllm_selfextend.attention import SelfExtendMetadataBuilder
 from vllm_selfextend.backends import KERNEL_SETS, KernelSet
 from vllm_selfextend.demo import MODEL_DIR

@@ -10,8 +10,6 @@ import math
 
 import torch
 
-from vllm_selfextend.backends.flash import FlashAttention, FlashKernels
-
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF_DTYPES, torch.float32)
 """What the real ones take, and what tests want besides."""
@@ -126,7 +124,3 @@ def _attend_one(
     # Tiles past the mask are not read.
     value = value.masked_fill(~seen.any(0)[:, None], 0.0)
     return (scores.softmax(-1) @ value).transpose(0, 1), scores.logsumexp(-1)
-
-
-FLASH = FlashKernels(FlashAttention("the stand-in", attend, majors=(), dtypes=DTYPES))
-"""The flash kernels with it."""

@@ -18,7 +18,7 @@ from vllm_selfextend.backends.triton import launches
 from vllm_selfextend.backends.triton.tiles import Device
 
 from .cases import TOLERANCE, Case, Problem, expected, run
-from .flash_stand_in import FLASH
+from .flash_kernels import FLASH
 from .test_kernels import HEADS, SLID, VARIANTS, cases, check_changes_in_place, three_tokens
 
 # The lengths of `test_against_stock.py`, cut to what the interpreter can do.

@@ -9,6 +9,9 @@ from ..backends.interface import lag
 from ..backends.reference import rotate
 from .layer import NAME, Extension, extended_layer
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+"""What models and attention modules call the cache: transformers 5.24, before, and GPT-NeoX's attention."""
+
 
 class GroupedKeys:
     """Mixed into the class of a cache once it holds grouped keys, so that nothing takes them for ordinary ones.
@@ -37,6 +40,9 @@ class GroupedKeys:
         return super().update(key, value, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
 
+COMPILED = "self_extend_group_size"
+"""Where a cache that a compiled function fills has the group size, since its class cannot be changed there."""
+
 _grouped_classes: dict[type, type] = {}
 """By the class of the cache."""
 
@@ -51,7 +57,7 @@ def _mark(cache: Any, extension: Extension, layer_idx: int) -> None:
     group_size = extension.plan.group_size
     if isinstance(cache, GroupedKeys) and cache.group_size == group_size:
         return
-    if cache.get_seq_length(layer_idx) > 0:
+    if cache.get_seq_length(layer_idx) > 0 and getattr(cache, COMPILED, None) != group_size:
         how = f"with group_size {cache.group_size}" if isinstance(cache, GroupedKeys) else "without Self-Extend"
         raise ValueError(
             f"this cache was filled {how}, and the model now has Self-Extend with group_size {group_size}: its keys "
@@ -86,7 +92,9 @@ class GroupingCache:
         else:  # then the new keys are the last ones, and the cache knows how many it has
             num_keys = num_rows + (0 if self._cache is None else int(self._cache.get_seq_length(layer_idx)))
         if group_size > 1:
-            if self._cache is not None and not is_compiling:
+            if self._cache is not None and is_compiling:
+                setattr(self._cache, COMPILED, group_size)
+            elif self._cache is not None:
                 _mark(self._cache, extension, layer_idx)
             step = extension.step(self._mask, num_rows, num_keys, key.device)
             rotation = layer.table.reaching(num_keys, key.device)

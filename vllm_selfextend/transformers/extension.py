@@ -10,7 +10,7 @@ from ..plan import ExtensionPlan
 from ..positions import capacity
 from ..rotary import rope_parameters
 from . import attention as _attention  # noqa: F401  # registers it
-from .cache import swap_cache
+from .cache import CACHE_ARGUMENTS, swap_cache
 from .flash_attention import find_flash_attention
 from .inputs import check_inputs
 from .layer import ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
@@ -20,9 +20,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_ATTRIBUTE = "self_extend_extension"
 """Where an extended model has its `Extension`."""
-
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
-"""What attention modules call the cache; the second is GPT-NeoX's."""
 
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length")
 """Where configs say how long the texts were that a model was trained on."""
@@ -163,8 +160,8 @@ def _unsupported(model: Any) -> str | None:
 def _cache_argument(module: Any) -> str:
     names = [name for name in inspect.signature(module.forward).parameters if name in CACHE_ARGUMENTS]
     if not names:
-        known = " or ".join(CACHE_ARGUMENTS)
-        raise ValueError(f"{type(module).__name__} does not take its cache by the name {known}.")
+        known = ", ".join(CACHE_ARGUMENTS)
+        raise ValueError(f"{type(module).__name__} takes its cache by none of the names known: {known}.")
     return names[0]
 
 

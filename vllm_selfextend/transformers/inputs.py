@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .cache import CACHE_ARGUMENTS
+
 ADVICE = "Pass attention_mask, as the tokenizer returns it (1: a token, 0: padding)"
 
 
@@ -18,8 +20,9 @@ def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     if torch.compiler.is_compiling():
         return
     given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
     tokens, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    past = given.get("past_key_values")
+    past = next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
     begin = 0 if past is None else int(past.get_seq_length())
     if mask is None and tokens is not None and begin == 0 and _seems_padded(model.config, tokens):
         raise ValueError(

@@ -1,11 +1,11 @@
 """How each layer of a model rotates, found by watching it.
 
-Rows of one token at several positions go through the model. A token that sees itself alone has its value for an
-answer, whatever the scores, so every layer's input is the same in all rows, and its queries and keys differ by their
-rotation only.
+One token goes through the model at several positions, each time alone: it then has its value for an answer, whatever
+the scores, so every layer's input is the same every time, to the bit, and its queries and keys differ by their rotation
+only. (In a batch, the rows of a matrix product are rounded differently.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ POSITIONS = torch.tensor([0, 1, 2, 3, 7, 31, 200])
 
 @dataclass(frozen=True)
 class Seen:
-    """What an attention module did with the rows; queries and keys `[rows, heads, 1, head_size]`."""
+    """What an attention module did with the token; queries and keys `[positions, heads, 1, head_size]`."""
 
     module: nn.Module
     query: torch.Tensor
@@ -54,19 +54,25 @@ def watch(model: Any) -> list[Seen]:
     embeddings = model.get_input_embeddings().weight
     # A padding token may be embedded as zeros, which no rotation turns.
     token = int(embeddings[:256].float().norm(dim=1).argmax())
-    positions = POSITIONS[:, None].to(embeddings.device)
     model.set_attn_implementation(NAME)
-    _seen.clear()
+    by_position = []
     try:
-        model(
-            input_ids=torch.full_like(positions, token),
-            attention_mask=torch.ones_like(positions),
-            position_ids=positions,
-            use_cache=False,
-        )
-        return list(_seen)
+        for position in POSITIONS.to(embeddings.device):
+            _seen.clear()
+            inputs = torch.full((1, 1), token, device=embeddings.device)
+            model(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                position_ids=position[None, None],
+                use_cache=False,
+            )
+            by_position.append(list(_seen))
     finally:
         _seen.clear()
+    return [
+        replace(same[0], query=torch.cat([s.query for s in same]), key=torch.cat([s.key for s in same]))
+        for same in zip(*by_position, strict=True)
+    ]
 
 
 def find_rotations(model: Any) -> dict[Any, ModelRotation]:
@@ -89,7 +95,7 @@ def find_rotations(model: Any) -> dict[Any, ModelRotation]:
         name = type(layer.module).__name__
         if layer.query.shape[-1] != layer.key.shape[-1]:
             raise ValueError(f"the queries and keys of {name} have different sizes, so how it rotates is not known.")
-        both = torch.cat([layer.query, layer.key], 1)[:, :, 0].transpose(0, 1)  # [heads, rows, head_size]
+        both = torch.cat([layer.query, layer.key], 1)[:, :, 0].transpose(0, 1)  # [heads, positions, head_size]
         if _is_still(both):
             without.append(layer.module)
             continue
@@ -112,6 +118,6 @@ def find_rotations(model: Any) -> dict[Any, ModelRotation]:
 
 
 def _is_still(x: torch.Tensor) -> bool:
-    """Whether the rows of `[heads, rows, head_size]` are the same at all positions, and not by being nothing."""
+    """Whether `[heads, positions, head_size]` is the same at all positions, and not by being nothing."""
     allowed = 8 * torch.finfo(x.dtype).eps * x.abs().amax(-1, keepdim=True)
     return bool(((x - x[:, :1]).abs() <= allowed).all()) and bool(x.any())
