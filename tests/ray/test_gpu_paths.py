@@ -1,4 +1,4 @@
-"""The examples without `--cpu`, with tensor parallel 2: on a cluster of two GPUs for which CPUs stand in.
+"""The examples without `--cpu`, and `vllm serve`, with tensor parallel 2: on two GPUs for which CPUs stand in.
 
 The cluster is one that `ray start` started, and `RAY_ADDRESS` names it, as where there are nodes to share.
 """
@@ -15,8 +15,11 @@ from pathlib import Path
 import openai
 import pytest
 
+from vllm_selfextend.demo import MODEL_DIR
+
+from ..engine.servers import serve
 from .programs import ROOT, environment, free_port, python, run, wait_until
-from .prompts import PROMPTS
+from .prompts import MAX_MODEL_LEN, PROMPTS
 
 pytestmark = pytest.mark.slow
 
@@ -68,3 +71,12 @@ def test_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(120)
+
+
+def test_vllm_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
+    options = ["--attention-backend", "CUSTOM", "--max-model-len", MAX_MODEL_LEN, "--kv-cache-memory-bytes", "512M"]
+    options += ["--distributed-executor-backend", "ray", "--tensor-parallel-size", 2]
+    with serve(MODEL_DIR, tmp_path / "log", *options, **on_cluster) as server:
+        for row in ROWS:
+            assert server.complete(row["prompt"]).choices[0].text.strip() == row["key"]
+        assert "RayWorkerProc" in server.log.read_text()

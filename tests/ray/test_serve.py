@@ -115,6 +115,7 @@ def test_a_prompt_that_is_too_long_is_refused(service: Service, alone: list[str]
     assert service.complete(TEXTS[0]) == alone[0]
 
 
+@pytest.mark.timeout(1800)  # as long as what it waits for may take
 def test_a_replica_killed_under_load_costs_no_wrong_answer(service: Service, alone: list[str]) -> None:
     load = Load(service, alone)
     with ThreadPoolExecutor(CLIENTS) as pool:
