@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import random_prompts
+from tests.engine.models import SHAPE, random_prompts
+from vllm_selfextend.transformers.attention import attention
+from vllm_selfextend.transformers.extension import MODEL_ATTRIBUTE
 
 from .families import FAMILIES, random_model
 from .prompts import greedy, padded
@@ -183,3 +185,25 @@ def test_a_model_answers_the_same_after_a_second_application(model: PreTrainedMo
     assert greedy(model, prompts, 4)[0] == before
     SelfExtend.apply(model, 4, 16)
     assert greedy(model, prompts, 4)[0] == extended != before
+
+
+def test_no_mask_is_kept_between_calls(model: PreTrainedModel) -> None:
+    SelfExtend.apply(model, 4, 16)
+    logits(model)
+    extension = getattr(model.base_model, MODEL_ATTRIBUTE)
+    assert extension._last is None
+
+
+def test_keys_that_pass_by_the_cache_are_noticed(model: PreTrainedModel) -> None:
+    SelfExtend.apply(model, 4, 16)
+    module = model.model.layers[0].self_attn
+    query, key = torch.zeros(1, 4, 3, 32), torch.zeros(1, 2, 3, 32)
+    with pytest.raises(RuntimeError, match="LlamaAttention did not hand its keys to the cache"):
+        attention(module, query, key, key, None)
+
+
+@pytest.mark.parametrize(("name", "length"), [("llama", 64), ("gemma3", 64), ("linear", 128)])
+def test_the_trained_length_is_the_configs(name: str, length: int) -> None:
+    """Linear RoPE multiplies it, and Gemma 3 names it multiplied."""
+    linear = LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0})
+    assert SelfExtend.apply(random_model(FAMILIES.get(name, linear)), 4, 16).trained_length == length
