@@ -19,10 +19,12 @@ if IS_X86:
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     INSTRUCTION_SETS += [("avx2", "kAvx2", avx2), ("avx512", "kAvx512", [*avx2, *avx512])]
+    INSTRUCTION_SETS += [("avx512bf16", "kAvx512Bf16", [*avx2, *avx512, "-mavx512bf16"])]
 
 # GCC 12 warns of its own AVX-512 header (GCC bug 105593).
 OPTIONS = ["-std=c++20", "-O3", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
-OPTIONS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
+OPTIONS += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
+OPTIONS += ["-Wno-unknown-warning-option"]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer"]
 ON_REQUEST = {"SELFEXTEND_WERROR": ["-Werror"], "SELFEXTEND_SANITIZE": SANITIZE}
 """What is added where an environment variable is set. A warning of a user's compiler must not cost them the kernels."""

@@ -85,9 +85,8 @@ inline void fill_stairs(const Layer& layer, int first, float* stairs) {
 
 // The keys of a panel, the first at position `first`, rotated from their group positions to their positions.
 // (Not inlined: within a large function the compiler runs out of registers.)
-template <class T>
-[[gnu::noinline]] void rotate_panel(const Layer& layer, int first, const float* stairs, const T* panel,
-                                    float* rotated) {
+template <class T, class To>
+[[gnu::noinline]] void rotate_panel(const Layer& layer, int first, const float* stairs, const T* panel, To* rotated) {
   const int pairs = layer.rotary_dim / 2;
   const float* cosine = layer.cos_sin + static_cast<int64_t>(lag(first, layer.group_size)) * layer.rotary_dim;
   // Rows of the panel: pair n's first row, the step to that of pair n + 1, and from its first row to its second.
@@ -103,8 +102,8 @@ template <class T>
       const Float c = stair_cosine * base_cosine - stair_sine * base_sine;
       const Float s = stair_sine * base_cosine + stair_cosine * base_sine;
       const Float x = load(panel + lane), y = load(panel + second + lane);
-      store(rotated + lane, x * c - y * s);
-      store(rotated + second + lane, y * c + x * s);
+      put_factor(rotated + lane, x * c - y * s);
+      put_factor(rotated + second + lane, y * c + x * s);
     }
     stairs += kPanel;
     panel += step;
@@ -114,16 +113,17 @@ template <class T>
     panel += second;
     rotated += second;
   }
-  for (int i = 0; i < (layer.head_size - 2 * pairs) * kPanel; i += kLanes) store(rotated + i, load(panel + i));
+  for (int i = 0; i < (layer.head_size - 2 * pairs) * kPanel; i += kLanes) put_factor(rotated + i, load(panel + i));
 }
 
 // --- One item
 
 // The working memory of `attend`. Rows are the item's queries: for each token the query heads of the KV head.
 struct Scratch {
-  float* near_query;  // [rows, head_size], scaled
+  float* near_query;  // [rows, head_size]; here and in the next, and in `panels`, bfloat16 where it is multiplied
   float* far_query;   // the same, rotated for grouped keys
-  float* scores;      // [rows, kTile]; then the weights
+  float* factors;     // [rows]: what scores are multiplied by
+  float* scores;      // [rows, kTile]; then the weights, in bfloat16 where it is multiplied
   float* far_scores;  // [rows, kWide]: of rows that have neighbors and grouped keys in one step
   float* panels;      // [kWidePanels, head_size or kTile, 16]: a step's right factor in float32
   float* stairs;      // [kStairs, rotary_dim, 16]: of the last phases met
@@ -138,6 +138,7 @@ struct Scratch {
     };
     near_query = take(static_cast<int64_t>(rows) * layer.head_size);
     far_query = take(static_cast<int64_t>(rows) * layer.head_size);
+    factors = take(rows);
     scores = take(static_cast<int64_t>(rows) * kTile);
     far_scores = take(static_cast<int64_t>(rows) * kWide);
     panels = take(static_cast<int64_t>(kWide) * max(layer.head_size, kTile));
@@ -168,61 +169,82 @@ struct Partial {
 
 inline int heads_per_kv_head(const Layer& layer) { return layer.num_heads / layer.num_kv_heads; }
 
+template <class Left>
 inline void load_queries(const Layer& layer, const Rows& query, const Item& item, Scratch& scratch) {
   const int heads = heads_per_kv_head(layer), size = layer.head_size;
-  const bool extends = layer.group_size > 1;
   const int window = layer.neighbor_window;
+  auto* near = reinterpret_cast<Left*>(scratch.near_query);
+  auto* far = reinterpret_cast<Left*>(scratch.far_query);
+  float turned[selfextend::kMaxHeadSize];
   with_type(query.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    for (int row = 0; row < item.num_tokens * heads; ++row) {
+    for (int row = 0; row < item.num_tokens * heads; ++row, near += size, far += size) {
       const int position = item.first_position + row / heads;
       float factor = layer.scale * layer.k_scale * (layer.soft_cap == 0.0f ? kLog2E : 1.0f);
       if (layer.log_scale != 0.0f) {
         const double log_scale = __builtin_log(position + 1.0) * layer.log_scale;
         if (log_scale > 1.0) factor = static_cast<float>(factor * log_scale);
       }
+      scratch.factors[row] = factor;
       const int head = item.kv_head * heads + row % heads;
       const auto* from = reinterpret_cast<const T*>(query.data) +
                          (item.first_token + row / heads) * query.token_stride + head * query.head_stride;
-      float* far = scratch.far_query + static_cast<int64_t>(row) * size;
-      for (int i = 0; i < size; i += kLanes) store(far + i, load(from + i) * factor);
-      if (!extends) continue;
-      __builtin_memcpy(scratch.near_query + static_cast<int64_t>(row) * size, far, size * sizeof(float));
-      rotate(layer, window - window / layer.group_size - lag(position, layer.group_size), far);
+      for (int i = 0; i < size; i += kLanes) store(turned + i, load(from + i));
+      if (layer.group_size > 1) {
+        for (int i = 0; i < size; i += kLanes) put_factor(near + i, load(turned + i));
+        rotate(layer, window - window / layer.group_size - lag(position, layer.group_size), turned);
+      }
+      for (int i = 0; i < size; i += kLanes) put_factor(far + i, load(turned + i));
     }
   });
 }
 
-// Applies soft cap, mask and softmax to a row of scores: keys begin .. end - 1 of the tile's `count` are seen.
+// Applies factor, soft cap, mask and softmax to a row of scores: keys begin .. end - 1 of the tile's `count` are seen.
 // Turns scores into weights and returns what the row's earlier output and total must be multiplied by.
-inline float soften(const Layer& layer, float* scores, int begin, int end, int count, float& row_largest,
+template <class Weight>
+inline float soften(const Layer& layer, float factor, float* scores, int begin, int end, int count, float& row_largest,
                     float& total) {
   const int last = round_up(end, kLanes);
   if (layer.soft_cap != 0.0f) {
     for (int i = 0; i < last; i += kLanes) {
-      store(scores + i, tanh(load(scores + i) * (1.0f / layer.soft_cap)) * (layer.soft_cap * kLog2E));
+      store(scores + i, tanh(load(scores + i) * (factor / layer.soft_cap)) * (layer.soft_cap * kLog2E));
     }
+    factor = 1.0f;
   }
   for (int i = 0; i < begin; ++i) scores[i] = kMinusInfinity;
   for (int i = end; i < last; ++i) scores[i] = kMinusInfinity;
-  Float running = load(scores);
-  for (int i = kLanes; i < last; i += kLanes) running = ::max(running, load(scores + i));
+  Float running = load(scores) * factor;
+  for (int i = kLanes; i < last; i += kLanes) running = ::max(running, load(scores + i) * factor);
   const float new_largest = largest(running) > row_largest ? largest(running) : row_largest;
   Float sums{};
+  auto* to = reinterpret_cast<Weight*>(scores);  // not wider, so written after it was read
   for (int i = 0; i < last; i += kLanes) {
-    const Float weights = exp2(load(scores + i) - new_largest);
+    const Float weights = exp2(load(scores + i) * factor - new_largest);
     sums += weights;
-    store(scores + i, weights);
+    put_factor(to + i, weights);
   }
-  for (int i = last; i < count; ++i) scores[i] = 0.0f;
+  // Pairs of weights are read from any key on, so one past the last key may be.
+  const int zeros = kMultiplies<Weight> ? count + 1 : count;
+  for (int i = last; i < zeros; i += kLanes) put_factor(to + i, Float{});
   const float decay = row_largest == kMinusInfinity ? 0.0f : exp2(splat(row_largest - new_largest))[0];
   row_largest = new_largest;
   total = total * decay + sum(sums);
   return decay;
 }
 
+// What a panel is unpacked to, beside a left factor of `Left`.
+template <class Left>
+struct Unpacked {
+  using type = float;
+};
+template <>
+struct Unpacked<BFloat16> {
+  using type = BFloat16Paired;
+};
+
 // Attention of one item over a cache of `T`: for each tile of keys the scores, their softmax, and the weighted values.
-template <class T>
+// `Left` is what queries and weights are for the products: float, or as the cache where such are multiplied.
+template <class T, class Left>
 class ItemAttention {
  public:
   ItemAttention(const Layer& layer, const Cache& cache, const Item& item, Scratch& scratch, Partial& result)
@@ -234,7 +256,9 @@ class ItemAttention {
         heads_(heads_per_kv_head(layer)),
         size_(layer.head_size),
         rows_(item.num_tokens * heads_),
-        unpacks_(sizeof(T) != sizeof(float) && rows_ > 2 * kMaxRows) {}
+        unpacks_(sizeof(T) != sizeof(float) && rows_ > 2 * kMaxRows),
+        near_query_(reinterpret_cast<const Left*>(scratch.near_query)),
+        far_query_(reinterpret_cast<const Left*>(scratch.far_query)) {}
 
   void run() {
     for (int row = 0; row < rows_; ++row) {
@@ -258,6 +282,9 @@ class ItemAttention {
   }
 
  private:
+  using Right = typename Unpacked<Left>::type;
+  static constexpr int kWeights = kTile * sizeof(float) / sizeof(Left);  // from a row of weights to the next
+
   static int64_t at(int row, int stride) { return static_cast<int64_t>(row) * stride; }
 
   int position_of(int row) const { return item_.first_position + row / heads_; }
@@ -276,15 +303,26 @@ class ItemAttention {
            item_.kv_head * cache_.head_stride;
   }
 
+  // Turning keys leaves memory idle: the values of the 16 keys from `first` on, which are needed next, may come.
+  void prefetch_values(int first) const {
+    const T* values = block(first) + at(layer_.block_size, size_) + first % layer_.block_size * kPanel;
+    for (int dim = 0; dim < size_; dim += kPanel) {
+      const auto* line = reinterpret_cast<const char*>(values + at(dim, layer_.block_size));
+      for (int byte = 0; byte < kPanel * kPanel * static_cast<int>(sizeof(T)); byte += 64) {
+        __builtin_prefetch(line + byte, 0, 2);
+      }
+    }
+  }
+
   // Scores of the keys begin .. end - 1, at most kWide of them, for the rows that see any of them.
   void score(int begin, int end, float* scores) {
     const int panels = (end - begin + kPanel - 1) / kPanel;
     const T* stored[kWidePanels];
-    float* unpacked[kWidePanels];
+    Right* unpacked[kWidePanels];
     for (int i = 0; i < panels; ++i) {
       const int first = begin + i * kPanel;
       stored[i] = block(first) + at(first % layer_.block_size, size_);
-      unpacked[i] = scratch_.panels + at(i, size_ * kPanel);
+      unpacked[i] = reinterpret_cast<Right*>(scratch_.panels) + at(i, size_ * kPanel);
     }
     // To rows before `near_end` some of the keys are neighbors, to those from `far_begin` on some are not.
     const int seen = row_of(begin);
@@ -296,14 +334,17 @@ class ItemAttention {
     if (seen < near_end) {
       for (int i = 0; i < panels; ++i) {
         const int first = begin + i * kPanel;
-        rotate_panel(layer_, first, scratch_.stairs_of(layer_, first), stored[i], unpacked[i]);
+        prefetch_values(first);
+        auto* rotated = reinterpret_cast<Left*>(unpacked[i]);
+        rotate_panel(layer_, first, scratch_.stairs_of(layer_, first), stored[i], rotated);
+        if constexpr (kMultiplies<Left>) unpack(rotated, size_, unpacked[i]);  // in place
       }
-      product<false>(scratch_.near_query + at(seen, size_), size_, near_end - seen, unpacked, panels, size_,
+      product<false>(near_query_ + at(seen, size_), size_, near_end - seen, unpacked, panels, size_,
                      scores + at(seen, kTile), kTile);
     }
     if (far_begin == rows_) return;
     if (unpacks_) {
-      for (int i = 0; i < panels; ++i) unpack(stored[i], size_ * kPanel, unpacked[i]);
+      for (int i = 0; i < panels; ++i) unpack(stored[i], size_, unpacked[i]);
       score_far(unpacked, panels, far_begin, near_end, scores);
     } else {
       score_far(stored, panels, far_begin, near_end, scores);
@@ -318,17 +359,17 @@ class ItemAttention {
   // Far scores: of the rows before `near_end`, which have near ones too, beside those; of the others in place.
   template <class B>
   void score_far(const B* const* keys, int panels, int far_begin, int near_end, float* scores) {
-    product<false>(scratch_.far_query + at(far_begin, size_), size_, near_end - far_begin, keys, panels, size_,
+    product<false>(far_query_ + at(far_begin, size_), size_, near_end - far_begin, keys, panels, size_,
                    scratch_.far_scores, kWide);
-    product<false>(scratch_.far_query + at(near_end, size_), size_, rows_ - near_end, keys, panels, size_,
+    product<false>(far_query_ + at(near_end, size_), size_, rows_ - near_end, keys, panels, size_,
                    scores + at(near_end, kTile), kTile);
   }
 
   // A row's softmax over the tile begin .. end - 1; what the row has so far shrinks to the new largest score.
   void weigh(int row, int begin, int end) {
     const int first = max(0, first_key(row) - begin), last = min(end, position_of(row) + 1) - begin;
-    const float decay = soften(layer_, scratch_.scores + at(row, kTile), first, last, end - begin, result_.largest[row],
-                               result_.total[row]);
+    const float decay = soften<Left>(layer_, scratch_.factors[row], scratch_.scores + at(row, kTile), first, last,
+                                     end - begin, result_.largest[row], result_.total[row]);
     if (decay == 1.0f) return;
     float* output = result_.output + at(row, size_);
     for (int i = 0; i < size_; i += kLanes) store(output + i, load(output + i) * decay);
@@ -340,26 +381,36 @@ class ItemAttention {
     float* output = result_.output + at(first_row, size_) + dim;
     for (int key = begin, next; key < end; key = next) {  // the tile lies in one block or in several
       next = min(end, (key / block_size + 1) * block_size);
-      const float* weights = scratch_.scores + at(first_row, kTile) + (key - tile);
+      const auto* weights = reinterpret_cast<const Left*>(scratch_.scores + at(first_row, kTile)) + (key - tile);
       const T* values = block(key) + at(block_size, size_) + key % block_size * kPanel;
       const T* stored[kWidePanels];
-      float* unpacked[kWidePanels];
+      Right* unpacked[kWidePanels];
       for (int i = 0; i < panels; ++i) {
         stored[i] = values + at(dim + i * kPanel, block_size);
-        unpacked[i] = scratch_.panels + at(i, kTile * kPanel);
+        unpacked[i] = reinterpret_cast<Right*>(scratch_.panels) + at(i, kTile * kPanel);
       }
       if (unpacks_) {
-        for (int i = 0; i < panels; ++i) unpack(stored[i], (next - key) * kPanel, unpacked[i]);
-        product<true>(weights, kTile, last_row - first_row, unpacked, panels, next - key, output, size_);
+        for (int i = 0; i < panels; ++i) unpack(stored[i], next - key, unpacked[i]);
+        product<true>(weights, kWeights, last_row - first_row, unpacked, panels, next - key, output, size_);
       } else {
-        product<true>(weights, kTile, last_row - first_row, stored, panels, next - key, output, size_);
+        product<true>(weights, kWeights, last_row - first_row, stored, panels, next - key, output, size_);
       }
     }
   }
 
-  static void unpack(const T* stored, int count, float* unpacked) {
-    for (int i = 0; i < count; i += kLanes) store(unpacked + i, load(stored + i));
+  // `rows` rows of a panel, as the products read them fastest.
+  static void unpack(const T* stored, int rows, float* unpacked) {
+    for (int i = 0; i < rows * kPanel; i += kLanes) store(unpacked + i, load(stored + i));
   }
+
+#if defined(__AVX512BF16__)
+  static void unpack(const BFloat16* stored, int rows, BFloat16Paired* unpacked) {  // in place, too
+    for (int row = 0; row < rows; row += 2, stored += 2 * kPanel, unpacked += 2 * kPanel) {
+      const __m512bh pairs = row + 1 < rows ? load_pairs(stored) : load_last(stored);
+      __builtin_memcpy(unpacked, &pairs, sizeof(pairs));
+    }
+  }
+#endif
 
   const Layer& layer_;
   const Cache& cache_;
@@ -368,6 +419,7 @@ class ItemAttention {
   Partial& result_;
   const int heads_, size_, rows_;
   const bool unpacks_;  // with many rows, converting a panel once costs less than converting it for every few rows
+  const Left *near_query_, *far_query_;
 };
 
 // Divides by the sum of weights, the sinks' included, and writes the item's rows of `out`.
@@ -401,10 +453,17 @@ inline void finish(const Layer& layer, const Rows& out, const Item& item, const 
 int preferred_rows(int head_size) { return max(kMaxRows, 16384 / head_size); }
 
 int64_t scratch_bytes(const Layer& layer, int rows) {
-  const int64_t floats_per_row = 3 * layer.head_size + kTile + kWide + 2;
+  const int64_t floats_per_row = 3 * layer.head_size + kTile + kWide + 3;
   const int64_t floats = rows * floats_per_row + static_cast<int64_t>(kWide) * max(layer.head_size, kTile) +
                          static_cast<int64_t>(kStairs) * layer.rotary_dim * kPanel;
   return floats * static_cast<int64_t>(sizeof(float));
+}
+
+template <class T, class Left>
+inline void attend_over(const Layer& layer, const Cache& cache, const Rows& query, const Item& item, Scratch& scratch,
+                        Partial& result) {
+  load_queries<Left>(layer, query, item, scratch);
+  ItemAttention<T, Left>(layer, cache, item, scratch, result).run();
 }
 
 void attend(const Layer& layer, const Cache& cache, const Rows& query, const Rows& out, const Item& item, float* memory,
@@ -412,9 +471,13 @@ void attend(const Layer& layer, const Cache& cache, const Rows& query, const Row
   const int rows = item.num_tokens * heads_per_kv_head(layer);
   Scratch scratch(layer, rows, memory);
   Partial result(layer, rows, item.partial < 0 ? scratch.rest : partials + item.partial);
-  load_queries(layer, query, item, scratch);
-  with_type(cache.type,
-            [&](auto tag) { ItemAttention<typename decltype(tag)::type>(layer, cache, item, scratch, result).run(); });
+  with_type(cache.type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (kMultiplies<T>) {
+      if (query.type == cache.type) return attend_over<T, T>(layer, cache, query, item, scratch, result);
+    }
+    attend_over<T, float>(layer, cache, query, item, scratch, result);
+  });
   if (item.partial < 0) finish(layer, out, item, result);
 }
 
@@ -477,7 +540,7 @@ void store_token(const Layer& layer, const Cache& cache, const Rows& key, const 
 
 namespace selfextend {
 
-// SELFEXTEND_KERNEL is kPortable, kAvx2 or kAvx512, SELFEXTEND_NAME what users and tests call it.
+// SELFEXTEND_KERNEL is kPortable, kAvx2, kAvx512 or kAvx512Bf16, SELFEXTEND_NAME what users and tests call it.
 const Kernel SELFEXTEND_KERNEL = {SELFEXTEND_NAME, preferred_rows, scratch_bytes, attend, merge, store_token};
 
 }  // namespace selfextend

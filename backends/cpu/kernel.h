@@ -79,6 +79,7 @@ extern const Kernel kPortable;
 #ifdef SELFEXTEND_X86
 extern const Kernel kAvx2;
 extern const Kernel kAvx512;
+extern const Kernel kAvx512Bf16;
 #endif
 
 }  // namespace selfextend

@@ -1,4 +1,5 @@
-// C = A x B, or C += A x B, with B in panels: the one product that both halves of attention are made of.
+// C = A x B, or C += A x B, with B in panels: the one product that both halves of attention are made of. A is float32;
+// with AVX512-BF16 it may be bfloat16, where B is too: two rows of B are then multiplied at once.
 #pragma once
 
 #include "vector.h"
@@ -43,9 +44,54 @@ inline void product_tile(const float* a, int64_t a_stride, const B* const* b, in
   }
 }
 
-template <int panels, bool accumulate, class B>
-inline void product(const float* a, int64_t a_stride, int rows, const B* const* b, int depth, float* c,
-                    int64_t c_stride) {
+#if defined(__AVX512BF16__)
+// `depth` counts rows of B, two of which make a step. A last one without a partner is paired with zeros, by which what
+// A has after its last column is multiplied: it must be finite.
+template <int rows, int panels, bool accumulate, class B>
+inline void product_tile(const BFloat16* a, int64_t a_stride, const B* const* b, int depth, float* c,
+                         int64_t c_stride) {
+  __m512 sums[rows][panels];
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < panels; ++i) {
+      sums[row][i] = accumulate ? _mm512_loadu_ps(c + row * c_stride + i * kLanes) : _mm512_setzero_ps();
+    }
+  }
+  const B* panel[panels];
+#pragma GCC unroll 4
+  for (int i = 0; i < panels; ++i) panel[i] = b[i];
+  const auto add = [&](int k, const auto& load_right) {
+    __m512bh right[panels];
+#pragma GCC unroll 4
+    for (int i = 0; i < panels; ++i) right[i] = load_right(panel[i]);
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; ++row) {
+      const __m512bh left = (__m512bh)_mm512_set1_epi32(load_bits<int32_t>(a + row * a_stride + k));
+#pragma GCC unroll 4
+      for (int i = 0; i < panels; ++i) sums[row][i] = _mm512_dpbf16_ps(sums[row][i], left, right[i]);
+    }
+  };
+  int k = 0;
+  for (; k + 1 < depth; k += 2) {
+    add(k, [](const B* from) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes);
+      return load_pairs(from);
+    });
+#pragma GCC unroll 4
+    for (int i = 0; i < panels; ++i) panel[i] += 2 * selfextend::kPanel;
+  }
+  if (k < depth) add(k, [](const B* from) { return load_last(from); });
+#pragma GCC unroll 8
+  for (int row = 0; row < rows; ++row) {
+#pragma GCC unroll 4
+    for (int i = 0; i < panels; ++i) _mm512_storeu_ps(c + row * c_stride + i * kLanes, sums[row][i]);
+  }
+}
+#endif
+
+template <int panels, bool accumulate, class A, class B>
+inline void product(const A* a, int64_t a_stride, int rows, const B* const* b, int depth, float* c, int64_t c_stride) {
   for (; rows >= kMaxRows; rows -= kMaxRows, a += kMaxRows * a_stride, c += kMaxRows * c_stride) {
     product_tile<kMaxRows, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
   }
@@ -66,8 +112,8 @@ inline void product(const float* a, int64_t a_stride, int rows, const B* const* 
 }
 
 // The same for `panels` panels, 1 to kWidePanels.
-template <bool accumulate, class B>
-inline void product(const float* a, int64_t a_stride, int rows, const B* const* b, int panels, int depth, float* c,
+template <bool accumulate, class A, class B>
+inline void product(const A* a, int64_t a_stride, int rows, const B* const* b, int panels, int depth, float* c,
                     int64_t c_stride) {
   if (panels == kWidePanels) return product<kWidePanels, accumulate>(a, a_stride, rows, b, depth, c, c_stride);
   for (int i = 0; i < panels; ++i) {

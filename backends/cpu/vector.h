@@ -37,6 +37,10 @@ typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 struct BFloat16 {
   uint16_t bits;
 };
+// The same in two rows of a panel of which each column's two values lie side by side.
+struct BFloat16Paired {
+  uint16_t bits;
+};
 struct Float16 {
   uint16_t bits;
 };
@@ -110,6 +114,31 @@ inline Float load(const Float8E4M3* from) {
   return bit_cast<Float>(bit_cast<Bits>(magnitude) | nan | (bits & 0x80) << 24);
 }
 
+// Whether the processor multiplies numbers of a storage type as they are, two rows of a panel at once.
+template <class T>
+constexpr bool kMultiplies = false;
+
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kMultiplies<BFloat16> = true;
+
+// Two rows of a panel, side by side what is in one column.
+inline __m512bh load_pairs(const BFloat16Paired* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+inline __m512bh pair_up(__m512i rows) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (__m512bh)_mm512_permutexvar_epi16(order, rows);
+}
+
+inline __m512bh load_pairs(const BFloat16* from) { return pair_up(_mm512_loadu_si512(from)); }
+
+// A row without a partner, beside zeros.
+inline __m512bh load_last(const BFloat16* from) { return pair_up(_mm512_zextsi256_si512(load_bits<__m256i>(from))); }
+
+inline __m512bh load_last(const BFloat16Paired* from) { return load_pairs(from); }
+#endif
+
 // Rounded to the nearest, ties to even.
 
 inline void put(float* to, Float x) { store(to, x); }
@@ -120,6 +149,19 @@ inline void put(BFloat16* to, Float x) {
   const Halves halves = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
   __builtin_memcpy(to, &halves, sizeof(Halves));
 }
+
+// For a factor of a product only, where the processor takes numbers below 2^-126 for zeros.
+template <class T>
+inline void put_factor(T* to, Float x) {
+  put(to, x);
+}
+
+#if defined(__AVX512BF16__)
+inline void put_factor(BFloat16* to, Float x) {
+  const __m256bh halves = _mm512_cvtneps_pbh(x);
+  __builtin_memcpy(to, &halves, sizeof(halves));
+}
+#endif
 
 inline void put(Float16* to, Float x) {
 #if defined(__AVX512F__)
