@@ -1,8 +1,8 @@
 """Self-Extend's CPU kernels in C++: float32, bfloat16, float16 and fp8 (e4m3) caches, computed in float32.
 
 The vector code is chosen at run time (AVX-512, AVX2, or a portable one that is NEON on Arm). With AVX-512's BF16 the
-products of bfloat16 queries and caches are bfloat16's, added up in float32. `kernel.h` describes the interior of a cache
-block, the same for all of them. Importing this raises `ImportError` where the library was not built.
+products of bfloat16 queries and caches are bfloat16's, added up in float32. `kernel.h` describes the interior of a
+cache block, the same for all of them. Importing this raises `ImportError` where the library was not built.
 """
 
 import importlib
