@@ -17,6 +17,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.models.transformers.base import Base
 
 from .models import save_random_model
 from .oracle import next_token_logprobs
@@ -38,6 +39,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent == Path(__file__).parent:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def transformers_as_it_is() -> Iterator[None]:
+    """Also after an engine of vLLM's Transformers backend, through which phi goes, too.
+
+    The backend makes transformers' classes fit for `torch.compile`, for good. Engines here run it eagerly, and other
+    tests of this process need the classes.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Base, "_decorate_for_torch_compile", lambda self: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -69,18 +69,11 @@ def test_tokens_equal_the_papers(
     check(llm, oracle, path, texts, method)
 
 
-def class_name(model: torch.nn.Module) -> str:
-    return type(model).__name__
-
-
 @pytest.mark.parametrize("name", ["llama", "cohere", "phi", "gemma2"])
 def test_through_vllms_transformers_backend(
-    name: str, checkpoint: Callable, start_engine: Callable, oracle: Callable, monkeypatch: pytest.MonkeyPatch
+    name: str, checkpoint: Callable, start_engine: Callable, oracle: Callable
 ) -> None:
     """Pairs as halves and interleaved, on all dimensions and on some."""
-    # In a process of its own: vLLM changes transformers' classes for good, and later tests of this one need them.
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for apply_model below
     path = checkpoint(name)
     llm = start_engine(
         path,
@@ -89,7 +82,7 @@ def test_through_vllms_transformers_backend(
         max_model_len=245,
         additional_config={"self_extend": {"group_size": 5, "neighbor_window": 18}},
     )
-    assert llm.apply_model(class_name) == ["TransformersForCausalLM"]
+    assert llm.apply_model(lambda model: type(model).__name__) == ["TransformersForCausalLM"]
     check(llm, oracle, path, prompts(5, 18, 245, block_size=32), SelfExtend(5, 18, TRAINED_LENGTH))
 
 
