@@ -56,7 +56,17 @@ def test_batch(tmp_path: Path, on_cluster: dict[str, str]) -> None:
     assert {row["id"]: row["answer"].strip()[:9] for row in found} == {row["id"]: row["key"] for row in ROWS}
 
 
+def test_vllm_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
+    options = ["--attention-backend", "CUSTOM", "--max-model-len", MAX_MODEL_LEN, "--kv-cache-memory-bytes", "512M"]
+    options += ["--distributed-executor-backend", "ray", "--tensor-parallel-size", 2]
+    with serve(MODEL_DIR, tmp_path / "log", *options, **on_cluster) as server:
+        for row in ROWS:
+            assert server.complete(row["prompt"]).choices[0].text.strip() == row["key"]
+        assert "RayWorkerProc" in server.log.read_text()
+
+
 def test_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
+    # The last one: on a cluster that was there before, a service outlives its program and keeps the GPUs.
     port, log = free_port(), tmp_path / "log"
     command = python("examples/ray_serve.py", "--tensor-parallel", 2, "--port", port)
     with log.open("w") as out:
@@ -71,12 +81,3 @@ def test_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(120)
-
-
-def test_vllm_serve(tmp_path: Path, on_cluster: dict[str, str]) -> None:
-    options = ["--attention-backend", "CUSTOM", "--max-model-len", MAX_MODEL_LEN, "--kv-cache-memory-bytes", "512M"]
-    options += ["--distributed-executor-backend", "ray", "--tensor-parallel-size", 2]
-    with serve(MODEL_DIR, tmp_path / "log", *options, **on_cluster) as server:
-        for row in ROWS:
-            assert server.complete(row["prompt"]).choices[0].text.strip() == row["key"]
-        assert "RayWorkerProc" in server.log.read_text()
