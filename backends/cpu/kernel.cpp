@@ -120,12 +120,12 @@ template <class T, class To>
 
 // The working memory of `attend`. Rows are the item's queries: for each token the query heads of the KV head.
 struct Scratch {
-  float* near_query;  // [rows, head_size]; here and in the next, and in `panels`, bfloat16 where it is multiplied
+  float* near_query;  // [rows, head_size]; float32, as `far_query` and `panels` are, or bfloat16 where it is multiplied
   float* far_query;   // the same, rotated for grouped keys
   float* factors;     // [rows]: what scores are multiplied by
   float* scores;      // [rows, kTile]; then the weights, in bfloat16 where it is multiplied
   float* far_scores;  // [rows, kWide]: of rows that have neighbors and grouped keys in one step
-  float* panels;      // [kWidePanels, head_size or kTile, 16]: a step's right factor in float32
+  float* panels;      // [kWidePanels, head_size or kTile, 16]: a step's right factor
   float* stairs;      // [kStairs, rotary_dim, 16]: of the last phases met
   int stair_phase[kStairs];
   float* rest;  // [rows, head_size + 2]: a result that is whole
