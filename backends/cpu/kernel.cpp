@@ -116,6 +116,56 @@ template <class T, class To>
   for (int i = 0; i < (layer.head_size - 2 * pairs) * kPanel; i += kLanes) put_factor(rotated + i, load(panel + i));
 }
 
+#if defined(__AVX512BF16__)
+// Pairs of rows as the products read them, in place too.
+inline void pair_rows(const BFloat16* stored, int rows, BFloat16Paired* paired) {
+  for (int row = 0; row < rows; row += 2, stored += 2 * kPanel, paired += 2 * kPanel) {
+    const __m512bh pairs = row + 1 < rows ? load_pairs(stored) : load_last(stored);
+    __builtin_memcpy(paired, &pairs, sizeof(pairs));
+  }
+}
+
+// The same for keys that are multiplied as bfloat16: two rows at a time.
+[[gnu::noinline]] void rotate_panel(const Layer& layer, int first, const float* stairs, const BFloat16* panel,
+                                    BFloat16Paired* rotated) {
+  const int pairs = layer.rotary_dim / 2, sines = pairs * kPanel, next = layer.head_size * kPanel;
+  const float* cosine = layer.cos_sin + static_cast<int64_t>(lag(first, layer.group_size)) * layer.rotary_dim;
+  struct Angle {
+    Float cosine, sine;
+  };
+  const auto angle = [&](int pair) -> Angle {
+    const float base_cosine = cosine[pair], base_sine = cosine[pairs + pair];
+    const Float stair_cosine = load(stairs + pair * kPanel), stair_sine = load(stairs + sines + pair * kPanel);
+    return {stair_cosine * base_cosine - stair_sine * base_sine, stair_sine * base_cosine + stair_cosine * base_sine};
+  };
+  if (layer.interleaved) {
+    for (int row = 0; row < 2 * pairs; row += 2) {
+      __builtin_prefetch(panel + row * kPanel + next);
+      const auto [c, s] = angle(row / 2);
+      const auto [x, y] = load_two(panel + row * kPanel);
+      put_factors(rotated + row * kPanel, x * c - y * s, y * c + x * s);
+    }
+  } else if (pairs % 2 == 0) {
+    for (int row = 0; row < pairs; row += 2) {
+      const BFloat16 *one = panel + row * kPanel, *other = one + sines;
+      __builtin_prefetch(one + next);
+      __builtin_prefetch(other + next);
+      const auto [c, s] = angle(row);
+      const auto [next_c, next_s] = angle(row + 1);
+      const auto [x, next_x] = load_two(one);
+      const auto [y, next_y] = load_two(other);
+      put_factors(rotated + row * kPanel, x * c - y * s, next_x * next_c - next_y * next_s);
+      put_factors(rotated + sines + row * kPanel, y * c + x * s, next_y * next_c + next_x * next_s);
+    }
+  } else {  // the second row of a pair would lie at the side of another's first
+    auto* in_place = reinterpret_cast<BFloat16*>(rotated);
+    rotate_panel<BFloat16, BFloat16>(layer, first, stairs, panel, in_place);
+    return pair_rows(in_place, layer.head_size, rotated);
+  }
+  pair_rows(panel + 2 * sines, layer.head_size - 2 * pairs, rotated + 2 * sines);
+}
+#endif
+
 // --- One item
 
 // The working memory of `attend`. Rows are the item's queries: for each token the query heads of the KV head.
@@ -256,7 +306,8 @@ class ItemAttention {
         heads_(heads_per_kv_head(layer)),
         size_(layer.head_size),
         rows_(item.num_tokens * heads_),
-        unpacks_(sizeof(T) != sizeof(float) && rows_ > 2 * kMaxRows),
+        few_rows_(rows_ <= 2 * kMaxRows),
+        unpacks_(sizeof(T) != sizeof(float) && !few_rows_),
         near_query_(reinterpret_cast<const Left*>(scratch.near_query)),
         far_query_(reinterpret_cast<const Left*>(scratch.far_query)) {}
 
@@ -268,8 +319,7 @@ class ItemAttention {
     for (int64_t i = 0; i < at(rows_, size_); ++i) result_.output[i] = 0.0f;
     for (int tile = item_.key_begin; tile < item_.key_end; tile += kTile) {
       const int end = min(tile + kTile, item_.key_end);
-      for (int step = tile; step < end; step += kWide)
-        score(step, min(step + kWide, end), scratch_.scores + step - tile);
+      for (int step = tile; step < end; step += kWide) score(step, min(step + kWide, end), tile, end);
       // Rows that see something of the tile.
       const int first_row = row_of(tile);
       const int last_row = layer_.sliding_window > 0 ? row_of(end - 1 + layer_.sliding_window) : rows_;
@@ -303,6 +353,23 @@ class ItemAttention {
            item_.kv_head * cache_.head_stride;
   }
 
+  // The panels of kWide keys from `first` on; past the item's last one, that one's again.
+  void find_keys(int first, const T** panels) const {
+    for (int i = 0; i < kWidePanels; ++i, first += kPanel) {
+      const int key = min(first, (item_.key_end - 1) / kPanel * kPanel);
+      panels[i] = block(key) + at(key % layer_.block_size, size_);
+    }
+  }
+
+  // The panels of kWide of the values' dimensions from `dim` on, from the key at `position` on; past the last one, that
+  // one's again.
+  void find_values(int dim, int position, const T** panels) const {
+    const T* values = block(position) + at(layer_.block_size, size_) + position % layer_.block_size * kPanel;
+    for (int i = 0; i < kWidePanels; ++i, dim += kPanel) {
+      panels[i] = values + at(min(dim, size_ - kPanel), layer_.block_size);
+    }
+  }
+
   // Turning keys leaves memory idle: the values of the 16 keys from `first` on, which are needed next, may come.
   void prefetch_values(int first) const {
     const T* values = block(first) + at(layer_.block_size, size_) + first % layer_.block_size * kPanel;
@@ -314,14 +381,19 @@ class ItemAttention {
     }
   }
 
-  // Scores of the keys begin .. end - 1, at most kWide of them, for the rows that see any of them.
-  void score(int begin, int end, float* scores) {
+  // Scores of the keys begin .. end - 1 of a tile, at most kWide of them, for the rows that see any of them.
+  void score(int begin, int end, int tile, int tile_end) {
     const int panels = (end - begin + kPanel - 1) / kPanel;
-    const T* stored[kWidePanels];
+    float* scores = scratch_.scores + begin - tile;
+    const T *stored[kWidePanels], *next[kWidePanels];
     Right* unpacked[kWidePanels];
+    find_keys(begin, stored);
+    if (end < tile_end) {
+      find_keys(end, next);
+    } else {
+      find_values(0, tile, next);
+    }
     for (int i = 0; i < panels; ++i) {
-      const int first = begin + i * kPanel;
-      stored[i] = block(first) + at(first % layer_.block_size, size_);
       unpacked[i] = reinterpret_cast<Right*>(scratch_.panels) + at(i, size_ * kPanel);
     }
     // To rows before `near_end` some of the keys are neighbors, to those from `far_begin` on some are not.
@@ -334,20 +406,18 @@ class ItemAttention {
     if (seen < near_end) {
       for (int i = 0; i < panels; ++i) {
         const int first = begin + i * kPanel;
-        prefetch_values(first);
-        auto* rotated = reinterpret_cast<Left*>(unpacked[i]);
-        rotate_panel(layer_, first, scratch_.stairs_of(layer_, first), stored[i], rotated);
-        if constexpr (kMultiplies<Left>) unpack(rotated, size_, unpacked[i]);  // in place
+        if (few_rows_) prefetch_values(first);
+        rotate_panel(layer_, first, scratch_.stairs_of(layer_, first), stored[i], unpacked[i]);
       }
-      product<false>(near_query_ + at(seen, size_), size_, near_end - seen, unpacked, panels, size_,
+      product<false>(near_query_ + at(seen, size_), size_, near_end - seen, unpacked, panels, size_, next,
                      scores + at(seen, kTile), kTile);
     }
     if (far_begin == rows_) return;
     if (unpacks_) {
       for (int i = 0; i < panels; ++i) unpack(stored[i], size_, unpacked[i]);
-      score_far(unpacked, panels, far_begin, near_end, scores);
+      score_far(unpacked, panels, far_begin, near_end, next, scores);
     } else {
-      score_far(stored, panels, far_begin, near_end, scores);
+      score_far(stored, panels, far_begin, near_end, next, scores);
     }
     // Rows with both kinds take the far keys' scores from the far ones.
     for (int row = far_begin; row < near_end; ++row) {
@@ -358,10 +428,10 @@ class ItemAttention {
 
   // Far scores: of the rows before `near_end`, which have near ones too, beside those; of the others in place.
   template <class B>
-  void score_far(const B* const* keys, int panels, int far_begin, int near_end, float* scores) {
-    product<false>(far_query_ + at(far_begin, size_), size_, near_end - far_begin, keys, panels, size_,
+  void score_far(const B* const* keys, int panels, int far_begin, int near_end, const T* const* next, float* scores) {
+    product<false>(far_query_ + at(far_begin, size_), size_, near_end - far_begin, keys, panels, size_, next,
                    scratch_.far_scores, kWide);
-    product<false>(far_query_ + at(near_end, size_), size_, rows_ - near_end, keys, panels, size_,
+    product<false>(far_query_ + at(near_end, size_), size_, rows_ - near_end, keys, panels, size_, next,
                    scores + at(near_end, kTile), kTile);
   }
 
@@ -382,18 +452,24 @@ class ItemAttention {
     for (int key = begin, next; key < end; key = next) {  // the tile lies in one block or in several
       next = min(end, (key / block_size + 1) * block_size);
       const auto* weights = reinterpret_cast<const Left*>(scratch_.scores + at(first_row, kTile)) + (key - tile);
-      const T* values = block(key) + at(block_size, size_) + key % block_size * kPanel;
-      const T* stored[kWidePanels];
+      const T *stored[kWidePanels], *later[kWidePanels];
+      find_values(dim, key, stored);
+      if (next < end) {
+        find_values(dim, next, later);
+      } else if (dim + kWide < size_) {
+        find_values(dim + kWide, begin, later);
+      } else {
+        find_keys(tile + kTile, later);
+      }
       Right* unpacked[kWidePanels];
       for (int i = 0; i < panels; ++i) {
-        stored[i] = values + at(dim + i * kPanel, block_size);
         unpacked[i] = reinterpret_cast<Right*>(scratch_.panels) + at(i, kTile * kPanel);
       }
       if (unpacks_) {
         for (int i = 0; i < panels; ++i) unpack(stored[i], next - key, unpacked[i]);
-        product<true>(weights, kWeights, last_row - first_row, unpacked, panels, next - key, output, size_);
+        product<true>(weights, kWeights, last_row - first_row, unpacked, panels, next - key, later, output, size_);
       } else {
-        product<true>(weights, kWeights, last_row - first_row, stored, panels, next - key, output, size_);
+        product<true>(weights, kWeights, last_row - first_row, stored, panels, next - key, later, output, size_);
       }
     }
   }
@@ -404,12 +480,7 @@ class ItemAttention {
   }
 
 #if defined(__AVX512BF16__)
-  static void unpack(const BFloat16* stored, int rows, BFloat16Paired* unpacked) {  // in place, too
-    for (int row = 0; row < rows; row += 2, stored += 2 * kPanel, unpacked += 2 * kPanel) {
-      const __m512bh pairs = row + 1 < rows ? load_pairs(stored) : load_last(stored);
-      __builtin_memcpy(unpacked, &pairs, sizeof(pairs));
-    }
-  }
+  static void unpack(const BFloat16* stored, int rows, BFloat16Paired* unpacked) { pair_rows(stored, rows, unpacked); }
 #endif
 
   const Layer& layer_;
@@ -418,6 +489,7 @@ class ItemAttention {
   Scratch& scratch_;
   Partial& result_;
   const int heads_, size_, rows_;
+  const bool few_rows_;
   const bool unpacks_;  // with many rows, converting a panel once costs less than converting it for every few rows
   const Left *near_query_, *far_query_;
 };

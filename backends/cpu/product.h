@@ -6,13 +6,22 @@
 
 namespace {
 
-// How far ahead of its use the cache is read, in bytes: a panel of it is read once and front to back.
-constexpr int kPrefetchBytes = 2048;
+// Of the tiles of a product the first one finds B in memory and asks for what it will read 2048 bytes later; the others
+// find it near by, and ask for a panel of the cache that the next product will read.
+template <bool first, class B, class Next>
+inline void prefetch(const B* panel, const Next* next, int row) {
+  if constexpr (first) {
+    __builtin_prefetch(reinterpret_cast<const char*>(panel) + 2048);
+  } else {
+    __builtin_prefetch(next + row * selfextend::kPanel);
+  }
+}
 
 // `rows` rows of A (float32, `a_stride` apart) times `panels` panels of B, `depth` rows each. Everything is unrolled
 // but the loop over the depth, so that the sums stay in registers.
-template <int rows, int panels, bool accumulate, class B>
-inline void product_tile(const float* a, int64_t a_stride, const B* const* b, int depth, float* c, int64_t c_stride) {
+template <int rows, int panels, bool accumulate, bool first, class B, class Next>
+inline void product_tile(const float* a, int64_t a_stride, const B* const* b, int depth, const Next* next, float* c,
+                         int64_t c_stride) {
   constexpr int columns = panels * kVectors;
   Float sums[rows][columns] = {};
   const B* panel[panels];
@@ -22,7 +31,7 @@ inline void product_tile(const float* a, int64_t a_stride, const B* const* b, in
     Float right[columns];
 #pragma GCC unroll 4
     for (int i = 0; i < panels; ++i) {
-      __builtin_prefetch(reinterpret_cast<const char*>(panel[i]) + kPrefetchBytes);
+      if (first || i == 0) prefetch<first>(panel[i], next, k);
 #pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) right[i * kVectors + j] = load(panel[i] + j * kLanes);
       panel[i] += selfextend::kPanel;
@@ -47,8 +56,8 @@ inline void product_tile(const float* a, int64_t a_stride, const B* const* b, in
 #if defined(__AVX512BF16__)
 // `depth` counts rows of B, two of which make a step. A last one without a partner is paired with zeros, by which what
 // A has after its last column is multiplied: it must be finite.
-template <int rows, int panels, bool accumulate, class B>
-inline void product_tile(const BFloat16* a, int64_t a_stride, const B* const* b, int depth, float* c,
+template <int rows, int panels, bool accumulate, bool first, class B, class Next>
+inline void product_tile(const BFloat16* a, int64_t a_stride, const B* const* b, int depth, const Next* next, float* c,
                          int64_t c_stride) {
   __m512 sums[rows][panels];
 #pragma GCC unroll 8
@@ -74,8 +83,9 @@ inline void product_tile(const BFloat16* a, int64_t a_stride, const B* const* b,
   };
   int k = 0;
   for (; k + 1 < depth; k += 2) {
-    add(k, [](const B* from) {
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + kPrefetchBytes);
+    if constexpr (!first) prefetch<false>(b[0], next, k);
+    add(k, [&](const B* from) {
+      if constexpr (first) prefetch<true>(from, next, k);
       return load_pairs(from);
     });
 #pragma GCC unroll 4
@@ -90,34 +100,43 @@ inline void product_tile(const BFloat16* a, int64_t a_stride, const B* const* b,
 }
 #endif
 
-template <int panels, bool accumulate, class A, class B>
-inline void product(const A* a, int64_t a_stride, int rows, const B* const* b, int depth, float* c, int64_t c_stride) {
-  for (; rows >= kMaxRows; rows -= kMaxRows, a += kMaxRows * a_stride, c += kMaxRows * c_stride) {
-    product_tile<kMaxRows, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+// `next` are kWidePanels panels that the next product will read.
+template <int panels, bool accumulate, class A, class B, class Next>
+inline void product(const A* a, int64_t a_stride, int rows, const B* const* b, int depth, const Next* const* next,
+                    float* c, int64_t c_stride) {
+  for (int tile = 0; rows >= kMaxRows; ++tile, rows -= kMaxRows) {
+    if (tile == 0) {
+      product_tile<kMaxRows, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
+    } else {
+      const Next* one = next[tile < kWidePanels ? tile - 1 : kWidePanels - 1];
+      product_tile<kMaxRows, panels, accumulate, false>(a, a_stride, b, depth, one, c, c_stride);
+    }
+    a += kMaxRows * a_stride;
+    c += kMaxRows * c_stride;
   }
   switch (rows) {
     case 5:
-      return product_tile<5 < kMaxRows ? 5 : 1, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+      return product_tile<5 < kMaxRows ? 5 : 1, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
     case 4:
-      return product_tile<4 < kMaxRows ? 4 : 1, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+      return product_tile<4 < kMaxRows ? 4 : 1, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
     case 3:
-      return product_tile<3 < kMaxRows ? 3 : 1, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+      return product_tile<3 < kMaxRows ? 3 : 1, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
     case 2:
-      return product_tile<2, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+      return product_tile<2, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
     case 1:
-      return product_tile<1, panels, accumulate>(a, a_stride, b, depth, c, c_stride);
+      return product_tile<1, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
     default:
       return;
   }
 }
 
 // The same for `panels` panels, 1 to kWidePanels.
-template <bool accumulate, class A, class B>
-inline void product(const A* a, int64_t a_stride, int rows, const B* const* b, int panels, int depth, float* c,
-                    int64_t c_stride) {
-  if (panels == kWidePanels) return product<kWidePanels, accumulate>(a, a_stride, rows, b, depth, c, c_stride);
+template <bool accumulate, class A, class B, class Next>
+inline void product(const A* a, int64_t a_stride, int rows, const B* const* b, int panels, int depth,
+                    const Next* const* next, float* c, int64_t c_stride) {
+  if (panels == kWidePanels) return product<kWidePanels, accumulate>(a, a_stride, rows, b, depth, next, c, c_stride);
   for (int i = 0; i < panels; ++i) {
-    product<1, accumulate>(a, a_stride, rows, b + i, depth, c + i * selfextend::kPanel, c_stride);
+    product<1, accumulate>(a, a_stride, rows, b + i, depth, next, c + i * selfextend::kPanel, c_stride);
   }
 }
 

@@ -137,6 +137,16 @@ inline __m512bh load_pairs(const BFloat16* from) { return pair_up(_mm512_loadu_s
 inline __m512bh load_last(const BFloat16* from) { return pair_up(_mm512_zextsi256_si512(load_bits<__m256i>(from))); }
 
 inline __m512bh load_last(const BFloat16Paired* from) { return load_pairs(from); }
+
+// Two rows of a panel as numbers.
+struct TwoRows {
+  Float first, second;
+};
+
+inline TwoRows load_two(const BFloat16* from) {
+  const Bits pairs = bit_cast<Bits>(load_pairs(from));
+  return {bit_cast<Float>(pairs << 16), bit_cast<Float>(pairs & 0xffff0000)};
+}
 #endif
 
 // Rounded to the nearest, ties to even.
@@ -160,6 +170,11 @@ inline void put_factor(T* to, Float x) {
 inline void put_factor(BFloat16* to, Float x) {
   const __m256bh halves = _mm512_cvtneps_pbh(x);
   __builtin_memcpy(to, &halves, sizeof(halves));
+}
+
+inline void put_factors(BFloat16Paired* to, Float first, Float second) {
+  const __m512bh pairs = pair_up((__m512i)_mm512_cvtne2ps_pbh(second, first));
+  __builtin_memcpy(to, &pairs, sizeof(pairs));
 }
 #endif
 
@@ -199,6 +214,7 @@ inline void put(Float8E4M3* to, Float x) {  // what is larger than 448 becomes 4
   __builtin_memcpy(to, &bytes, sizeof(Bytes));
 }
 
+// The larger one; `b` where one is NaN.
 inline Float max(Float a, Float b) {
 #if defined(__AVX512F__)
   return _mm512_max_ps(a, b);
@@ -209,16 +225,24 @@ inline Float max(Float a, Float b) {
 #endif
 }
 
+// Four numbers made of a vector's by `combine`, which takes two of either.
+template <class Combine>
+inline float reduce(Float vector, const Combine& combine) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four fours[kLanes / 4];
+  __builtin_memcpy(fours, &vector, sizeof(Float));
+  for (int half = kLanes / 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) fours[i] = combine(fours[i], fours[i + half]);
+  }
+  return combine(combine(fours[0][0], fours[0][1]), combine(fours[0][2], fours[0][3]));
+}
+
 inline float largest(Float vector) {
-  float largest = vector[0];
-  for (int i = 1; i < kLanes; ++i) largest = vector[i] > largest ? vector[i] : largest;
-  return largest;
+  return reduce(vector, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline float sum(Float vector) {
-  float sum = vector[0];
-  for (int i = 1; i < kLanes; ++i) sum += vector[i];
-  return sum;
+  return reduce(vector, [](auto a, auto b) { return a + b; });
 }
 
 // x = whole + fraction: 2^whole, and 2^fraction - 1 by a minimax polynomial on [-1/2, 1/2].
@@ -237,17 +261,16 @@ inline Power split_power(Float x) {
   return {bit_cast<Float>((bit_cast<Bits>(shifted) << 23) + 0x3f800000), power * t};
 }
 
-// 2^x for x <= 0, within 1e-7 of its size; 0 below -126. NaN stays NaN.
-inline Float exp2(Float x) {
-  const Power power = split_power(x);
-  const Float result = power.whole * power.fraction + power.whole;
-  return bit_cast<Float>(bit_cast<Bits>(result) & ~bit_cast<Bits>(x < -126.0f));
+// 2^x for x <= 0, within 1e-7 of its size; 0 from -126.5 down. NaN stays NaN.
+[[gnu::always_inline]] inline Float exp2(Float x) {
+  const Power power = split_power(max(splat(-127.0f), x));
+  return power.whole * power.fraction + power.whole;
 }
 
 inline Float tanh(Float x) {
   // tanh|x| = -t / (t + 2) with t = e^-2|x| - 1, which a sum with 1 would rob of its digits where x is small.
   const Float exponent = bit_cast<Float>(bit_cast<Bits>(x) | 0x80000000u) * 2.8853900817779268f;
-  const Power power = split_power(max(exponent, splat(-100.0f)));
+  const Power power = split_power(max(splat(-100.0f), exponent));
   const Float t = power.whole * power.fraction + (power.whole - 1.0f);
   const Float magnitude = -t / (t + 2.0f);
   return bit_cast<Float>(bit_cast<Bits>(magnitude) | (bit_cast<Bits>(x) & 0x80000000u));
