@@ -2,15 +2,14 @@
 #include "kernel.h"
 
 #include "product.h"
+#include "rotation.h"
 #include "vector.h"
 
 namespace {
 
 using selfextend::Cache;
 using selfextend::Item;
-using selfextend::kPanel;
 using selfextend::kTile;
-using selfextend::Layer;
 using selfextend::Rows;
 using selfextend::Type;
 
@@ -43,128 +42,6 @@ inline void with_type(Type type, const Action& action) {
       return action(Tag<Float8E4M3>{});
   }
 }
-
-// --- Rotation
-
-// interface.lag: how far a token's group position lags behind its position.
-inline int lag(int position, int group_size) { return position - position / group_size; }
-
-// Rotates pairs of values, `stride` apart in each of the two places.
-template <int stride>
-inline void rotate_pairs(int pairs, const float* cosine, float sign, float* __restrict first,
-                         float* __restrict second) {
-  const float* sine = cosine + pairs;
-  for (int pair = 0; pair < pairs; ++pair) {
-    const float x = first[pair * stride], y = second[pair * stride], c = cosine[pair], s = sign * sine[pair];
-    first[pair * stride] = x * c - y * s;
-    second[pair * stride] = y * c + x * s;
-  }
-}
-
-// Rotates one head in place by `steps` of either sign.
-inline void rotate(const Layer& layer, int steps, float* head) {
-  const int pairs = layer.rotary_dim / 2;
-  const float sign = steps < 0 ? -1.0f : 1.0f;
-  const float* cosine = layer.cos_sin + static_cast<int64_t>(steps < 0 ? -steps : steps) * layer.rotary_dim;
-  if (layer.interleaved) {
-    rotate_pairs<2>(pairs, cosine, sign, head, head + 1);
-  } else {
-    rotate_pairs<1>(pairs, cosine, sign, head, head + pairs);
-  }
-}
-
-// Cosines and sines of d(j) - d(p) for the 16 keys j from p = first of a panel, as columns: [rotary_dim][16]. They
-// depend on p modulo the group size alone, so few are needed, and with d(p) they give every key's rotation.
-inline void fill_stairs(const Layer& layer, int first, float* stairs) {
-  for (int column = 0; column < kPanel; ++column) {
-    const int steps = lag(first + column, layer.group_size) - lag(first, layer.group_size);
-    const float* row = layer.cos_sin + static_cast<int64_t>(steps) * layer.rotary_dim;
-    for (int i = 0; i < layer.rotary_dim; ++i) stairs[i * kPanel + column] = row[i];
-  }
-}
-
-// The keys of a panel, the first at position `first`, rotated from their group positions to their positions.
-// (Not inlined: within a large function the compiler runs out of registers.)
-template <class T, class To>
-[[gnu::noinline]] void rotate_panel(const Layer& layer, int first, const float* stairs, const T* panel, To* rotated) {
-  const int pairs = layer.rotary_dim / 2;
-  const float* cosine = layer.cos_sin + static_cast<int64_t>(lag(first, layer.group_size)) * layer.rotary_dim;
-  // Rows of the panel: pair n's first row, the step to that of pair n + 1, and from its first row to its second.
-  const int step = layer.interleaved ? 2 * kPanel : kPanel, second = layer.interleaved ? kPanel : pairs * kPanel;
-  const int sines = pairs * kPanel, next = layer.head_size * kPanel;
-  for (int pair = 0; pair < pairs; ++pair) {
-    const float base_cosine = cosine[pair], base_sine = cosine[pairs + pair];
-    __builtin_prefetch(panel + next);
-    __builtin_prefetch(panel + second + next);
-#pragma GCC unroll 4
-    for (int lane = 0; lane < kPanel; lane += kLanes) {
-      const Float stair_cosine = load(stairs + lane), stair_sine = load(stairs + sines + lane);
-      const Float c = stair_cosine * base_cosine - stair_sine * base_sine;
-      const Float s = stair_sine * base_cosine + stair_cosine * base_sine;
-      const Float x = load(panel + lane), y = load(panel + second + lane);
-      put_factor(rotated + lane, x * c - y * s);
-      put_factor(rotated + second + lane, y * c + x * s);
-    }
-    stairs += kPanel;
-    panel += step;
-    rotated += step;
-  }
-  if (!layer.interleaved) {  // the second rows were passed over
-    panel += second;
-    rotated += second;
-  }
-  for (int i = 0; i < (layer.head_size - 2 * pairs) * kPanel; i += kLanes) put_factor(rotated + i, load(panel + i));
-}
-
-#if defined(__AVX512BF16__)
-// Pairs of rows as the products read them, in place too.
-inline void pair_rows(const BFloat16* stored, int rows, BFloat16Paired* paired) {
-  for (int row = 0; row < rows; row += 2, stored += 2 * kPanel, paired += 2 * kPanel) {
-    const __m512bh pairs = row + 1 < rows ? load_pairs(stored) : load_last(stored);
-    __builtin_memcpy(paired, &pairs, sizeof(pairs));
-  }
-}
-
-// The same for keys that are multiplied as bfloat16: two rows at a time.
-[[gnu::noinline]] void rotate_panel(const Layer& layer, int first, const float* stairs, const BFloat16* panel,
-                                    BFloat16Paired* rotated) {
-  const int pairs = layer.rotary_dim / 2, sines = pairs * kPanel, next = layer.head_size * kPanel;
-  const float* cosine = layer.cos_sin + static_cast<int64_t>(lag(first, layer.group_size)) * layer.rotary_dim;
-  struct Angle {
-    Float cosine, sine;
-  };
-  const auto angle = [&](int pair) -> Angle {
-    const float base_cosine = cosine[pair], base_sine = cosine[pairs + pair];
-    const Float stair_cosine = load(stairs + pair * kPanel), stair_sine = load(stairs + sines + pair * kPanel);
-    return {stair_cosine * base_cosine - stair_sine * base_sine, stair_sine * base_cosine + stair_cosine * base_sine};
-  };
-  if (layer.interleaved) {
-    for (int row = 0; row < 2 * pairs; row += 2) {
-      __builtin_prefetch(panel + row * kPanel + next);
-      const auto [c, s] = angle(row / 2);
-      const auto [x, y] = load_two(panel + row * kPanel);
-      put_factors(rotated + row * kPanel, x * c - y * s, y * c + x * s);
-    }
-  } else if (pairs % 2 == 0) {
-    for (int row = 0; row < pairs; row += 2) {
-      const BFloat16 *one = panel + row * kPanel, *other = one + sines;
-      __builtin_prefetch(one + next);
-      __builtin_prefetch(other + next);
-      const auto [c, s] = angle(row);
-      const auto [next_c, next_s] = angle(row + 1);
-      const auto [x, next_x] = load_two(one);
-      const auto [y, next_y] = load_two(other);
-      put_factors(rotated + row * kPanel, x * c - y * s, next_x * next_c - next_y * next_s);
-      put_factors(rotated + sines + row * kPanel, y * c + x * s, next_y * next_c + next_x * next_s);
-    }
-  } else {  // the second row of a pair would lie at the side of another's first
-    auto* in_place = reinterpret_cast<BFloat16*>(rotated);
-    rotate_panel<BFloat16, BFloat16>(layer, first, stairs, panel, in_place);
-    return pair_rows(in_place, layer.head_size, rotated);
-  }
-  pair_rows(panel + 2 * sines, layer.head_size - 2 * pairs, rotated + 2 * sines);
-}
-#endif
 
 // --- One item
 
@@ -404,13 +281,22 @@ class ItemAttention {
       far_begin = max(seen, row_of(max(layer_.exact_len, begin + layer_.neighbor_window)));
     }
     if (seen < near_end) {
+      const bool at_once = scores_turned<Left>(layer_, near_end - seen);
       for (int i = 0; i < panels; ++i) {
         const int first = begin + i * kPanel;
+        const float* stairs = scratch_.stairs_of(layer_, first);
         if (few_rows_) prefetch_values(first);
-        rotate_panel(layer_, first, scratch_.stairs_of(layer_, first), stored[i], unpacked[i]);
+        if (at_once) {
+          score_turned(layer_, first, stairs, stored[i], near_query_ + at(seen, size_), near_end - seen,
+                       reinterpret_cast<Left*>(scratch_.panels), scores + at(seen, kTile) + i * kPanel, kTile);
+        } else {
+          rotate_panel(layer_, first, stairs, stored[i], unpacked[i]);
+        }
       }
-      product<false>(near_query_ + at(seen, size_), size_, near_end - seen, unpacked, panels, size_, next,
-                     scores + at(seen, kTile), kTile);
+      if (!at_once) {
+        product<false>(near_query_ + at(seen, size_), size_, near_end - seen, unpacked, panels, size_, next,
+                       scores + at(seen, kTile), kTile);
+      }
     }
     if (far_begin == rows_) return;
     if (unpacks_) {
@@ -473,15 +359,6 @@ class ItemAttention {
       }
     }
   }
-
-  // `rows` rows of a panel, as the products read them fastest.
-  static void unpack(const T* stored, int rows, float* unpacked) {
-    for (int i = 0; i < rows * kPanel; i += kLanes) store(unpacked + i, load(stored + i));
-  }
-
-#if defined(__AVX512BF16__)
-  static void unpack(const BFloat16* stored, int rows, BFloat16Paired* unpacked) { pair_rows(stored, rows, unpacked); }
-#endif
 
   const Layer& layer_;
   const Cache& cache_;

@@ -6,6 +6,21 @@
 
 namespace {
 
+// `rows` rows of a panel, as the products read them fastest; in place, too.
+template <class T>
+inline void unpack(const T* stored, int rows, float* unpacked) {
+  for (int i = 0; i < rows * selfextend::kPanel; i += kLanes) store(unpacked + i, load(stored + i));
+}
+
+#if defined(__AVX512BF16__)
+inline void unpack(const BFloat16* stored, int rows, BFloat16Paired* unpacked) {
+  for (int row = 0; row < rows; row += 2, stored += 2 * selfextend::kPanel, unpacked += 2 * selfextend::kPanel) {
+    const __m512bh pairs = row + 1 < rows ? load_pairs(stored) : load_last(stored);
+    __builtin_memcpy(unpacked, &pairs, sizeof(pairs));
+  }
+}
+#endif
+
 // Of the tiles of a product the first one finds B in memory and asks for what it will read 2048 bytes later; the others
 // find it near by, and ask for a panel of the cache that the next product will read.
 template <bool first, class B, class Next>

@@ -172,10 +172,8 @@ inline void put_factor(BFloat16* to, Float x) {
   __builtin_memcpy(to, &halves, sizeof(halves));
 }
 
-inline void put_factors(BFloat16Paired* to, Float first, Float second) {
-  const __m512bh pairs = pair_up((__m512i)_mm512_cvtne2ps_pbh(second, first));
-  __builtin_memcpy(to, &pairs, sizeof(pairs));
-}
+// Two rows of a panel as factors.
+inline __m512bh pair_up(Float first, Float second) { return pair_up((__m512i)_mm512_cvtne2ps_pbh(second, first)); }
 #endif
 
 inline void put(Float16* to, Float x) {
