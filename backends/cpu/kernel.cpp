@@ -15,13 +15,17 @@ using selfextend::Type;
 
 constexpr int kWide = kWidePanels * kPanel;  // columns of a step
 constexpr int kStairs = 16;                  // tables of stairs kept
+constexpr int kAligned = 16;                 // floats of a cache line
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMinusInfinity = -__builtin_inff();
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline int clamp(int x, int low, int high) { return max(low, min(x, high)); }
-inline int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+template <class T>
+inline T round_up(T x, int multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 template <class T>
 struct Tag {
@@ -50,6 +54,7 @@ struct Scratch {
   float* near_query;  // [rows, head_size]; float32, as `far_query` and `panels` are, or bfloat16 where it is multiplied
   float* far_query;   // the same, rotated for grouped keys
   float* factors;     // [rows]: what scores are multiplied by
+  float* decays;      // [rows, to a whole vector]: what a row's result is multiplied by where a larger score is met
   float* scores;      // [rows, kTile]; then the weights, in bfloat16 where it is multiplied
   float* far_scores;  // [rows, kWide]: of rows that have neighbors and grouped keys in one step
   float* panels;      // [kWidePanels, head_size or kTile, 16]: a step's right factor
@@ -60,12 +65,13 @@ struct Scratch {
   Scratch(const Layer& layer, int rows, float* memory) {
     const auto take = [&memory](int64_t size) {
       float* taken = memory;
-      memory += size;
+      memory += round_up(size, kAligned);
       return taken;
     };
     near_query = take(static_cast<int64_t>(rows) * layer.head_size);
     far_query = take(static_cast<int64_t>(rows) * layer.head_size);
     factors = take(rows);
+    decays = take(rows);
     scores = take(static_cast<int64_t>(rows) * kTile);
     far_scores = take(static_cast<int64_t>(rows) * kWide);
     panels = take(static_cast<int64_t>(kWide) * max(layer.head_size, kTile));
@@ -126,11 +132,9 @@ inline void load_queries(const Layer& layer, const Rows& query, const Item& item
   });
 }
 
-// Applies factor, soft cap, mask and softmax to a row of scores: keys begin .. end - 1 of the tile's `count` are seen.
-// Turns scores into weights and returns what the row's earlier output and total must be multiplied by.
-template <class Weight>
-inline float soften(const Layer& layer, float factor, float* scores, int begin, int end, int count, float& row_largest,
-                    float& total) {
+// Applies soft cap and mask to a row of scores, of which the keys begin .. end - 1 of a tile are seen. Returns the
+// largest score, as an exponent of 2.
+inline float cap_and_mask(const Layer& layer, float factor, float* scores, int begin, int end) {
   const int last = round_up(end, kLanes);
   if (layer.soft_cap != 0.0f) {
     for (int i = 0; i < last; i += kLanes) {
@@ -142,21 +146,25 @@ inline float soften(const Layer& layer, float factor, float* scores, int begin, 
   for (int i = end; i < last; ++i) scores[i] = kMinusInfinity;
   Float running = load(scores) * factor;
   for (int i = kLanes; i < last; i += kLanes) running = ::max(running, load(scores + i) * factor);
-  const float new_largest = largest(running) > row_largest ? largest(running) : row_largest;
+  return largest(running);
+}
+
+// Turns a row of scores into weights, those of keys after `end` into zeros, up to the tile's `count`. Returns their
+// sum.
+template <class Weight>
+inline float weigh(float factor, float largest, float* scores, int end, int count) {
+  const int last = round_up(end, kLanes);
   Float sums{};
   auto* to = reinterpret_cast<Weight*>(scores);  // not wider, so written after it was read
   for (int i = 0; i < last; i += kLanes) {
-    const Float weights = exp2(load(scores + i) * factor - new_largest);
+    const Float weights = exp2(load(scores + i) * factor - largest);
     sums += weights;
     put_factor(to + i, weights);
   }
   // Pairs of weights are read from any key on, so one past the last key may be.
   const int zeros = kMultiplies<Weight> ? count + 1 : count;
   for (int i = last; i < zeros; i += kLanes) put_factor(to + i, Float{});
-  const float decay = row_largest == kMinusInfinity ? 0.0f : exp2(splat(row_largest - new_largest))[0];
-  row_largest = new_largest;
-  total = total * decay + sum(sums);
-  return decay;
+  return sum(sums);
 }
 
 // What a panel is unpacked to, beside a left factor of `Left`.
@@ -201,7 +209,7 @@ class ItemAttention {
       const int first_row = row_of(tile);
       const int last_row = layer_.sliding_window > 0 ? row_of(end - 1 + layer_.sliding_window) : rows_;
       if (first_row >= last_row) continue;
-      for (int row = first_row; row < last_row; ++row) weigh(row, tile, end);
+      soften(first_row, last_row, tile, end);
       // Keys that no row of them sees may hold anything, and 0 * nan is nan.
       const int begin = max(tile, first_key(first_row));
       for (int dim = 0; dim < size_; dim += kWide) add_values(dim, tile, begin, end, first_row, last_row);
@@ -321,14 +329,29 @@ class ItemAttention {
                    scores + at(near_end, kTile), kTile);
   }
 
-  // A row's softmax over the tile begin .. end - 1; what the row has so far shrinks to the new largest score.
-  void weigh(int row, int begin, int end) {
-    const int first = max(0, first_key(row) - begin), last = min(end, position_of(row) + 1) - begin;
-    const float decay = soften<Left>(layer_, scratch_.factors[row], scratch_.scores + at(row, kTile), first, last,
-                                     end - begin, result_.largest[row], result_.total[row]);
-    if (decay == 1.0f) return;
-    float* output = result_.output + at(row, size_);
-    for (int i = 0; i < size_; i += kLanes) store(output + i, load(output + i) * decay);
+  // The softmax of rows over the tile begin .. end - 1; what a row has so far shrinks to its new largest score. Each
+  // step is taken for all rows before the next one: they do not wait for one another.
+  void soften(int first_row, int last_row, int begin, int end) {
+    const auto last_key = [&](int row) { return min(end, position_of(row) + 1) - begin; };
+    for (int row = first_row; row < last_row; ++row) {
+      const float found = cap_and_mask(layer_, scratch_.factors[row], scratch_.scores + at(row, kTile),
+                                       max(0, first_key(row) - begin), last_key(row));
+      const float before = result_.largest[row];
+      result_.largest[row] = found > before ? found : before;
+      scratch_.decays[row] = before - result_.largest[row];
+    }
+    for (int row = first_row; row < last_row; row += kLanes) {
+      store(scratch_.decays + row, exp2(load(scratch_.decays + row)));
+    }
+    for (int row = first_row; row < last_row; ++row) {
+      const float factor = layer_.soft_cap == 0.0f ? scratch_.factors[row] : 1.0f, decay = scratch_.decays[row];
+      const float sum =
+          weigh<Left>(factor, result_.largest[row], scratch_.scores + at(row, kTile), last_key(row), end - begin);
+      result_.total[row] = result_.total[row] * decay + sum;
+      if (decay == 1.0f) continue;
+      float* output = result_.output + at(row, size_);
+      for (int i = 0; i < size_; i += kLanes) store(output + i, load(output + i) * decay);
+    }
   }
 
   // Adds to the output's dimensions from `dim` on, at most kWide of them, the weighted values of begin .. end - 1.
@@ -399,11 +422,12 @@ inline void finish(const Layer& layer, const Rows& out, const Item& item, const 
 
 // --- The calls
 
-int preferred_rows(int head_size) { return max(kMaxRows, 16384 / head_size); }
+int preferred_rows(int head_size) { return max(kMaxRows, 24576 / head_size); }
 
 int64_t scratch_bytes(const Layer& layer, int rows) {
-  const int64_t floats_per_row = 3 * layer.head_size + kTile + kWide + 3;
-  const int64_t floats = rows * floats_per_row + static_cast<int64_t>(kWide) * max(layer.head_size, kTile) +
+  const int64_t floats_per_row = 3 * layer.head_size + kTile + kWide + 4;
+  const int64_t floats = rows * floats_per_row + 2 * kAligned +
+                         static_cast<int64_t>(kWide) * max(layer.head_size, kTile) +
                          static_cast<int64_t>(kStairs) * layer.rotary_dim * kPanel;
   return floats * static_cast<int64_t>(sizeof(float));
 }
