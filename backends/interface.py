@@ -166,11 +166,13 @@ class Kernels(Protocol):
             shapes, and never look at a batch from the host.
         CACHE_LAYOUT: A name for what lies inside a block, in files too: sets and releases that have the same can read
             each other's blocks.
+        VARIANT: What of the set serves on this machine, for people: an instruction set, a compiler's version.
 
     """
 
     IS_CAPTURABLE: bool
     CACHE_LAYOUT: str
+    VARIANT: str
 
     def unsupported_device(self, device: torch.device, capability: tuple[int, int] | None) -> str | None:
         """Why the calls cannot run on `device`; None if they can.

@@ -17,6 +17,7 @@ MAX_ELEMENTS = 1 << 20
 
 IS_CAPTURABLE = False
 CACHE_LAYOUT = "reference-1"
+VARIANT = "PyTorch"
 """See `interface.Kernels`."""
 
 

@@ -169,7 +169,7 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
     chosen = choose_kernels(plan.kernel, device)
     for name, why in chosen.missing.items():
         logger.warning("The %s kernels cannot be loaded (%s), so the slower %s kernels serve.", name, why, chosen.name)
-    logger.info("Self-Extend's attention runs on the %s kernels.", chosen.name)
+    logger.info("Self-Extend's attention runs on the %s kernels (%s).", chosen.name, chosen.kernels.VARIANT)
     plan = dataclasses.replace(plan, kernel=chosen.name)
     write_plan(vllm_config, plan)
     return plan

@@ -47,6 +47,7 @@ _HEAD_SIZE_STEP, _MAX_HEAD_SIZE = torch.ops.vllm_selfextend_cpu.head_sizes()
 
 IS_CAPTURABLE = False
 CACHE_LAYOUT = "cpu-1"
+VARIANT = instruction_set
 """See `interface.Kernels`."""
 
 

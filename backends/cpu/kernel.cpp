@@ -394,12 +394,13 @@ class ItemAttention {
   const Left *near_query_, *far_query_;
 };
 
-// Divides by the sum of weights, the sinks' included, and writes the item's rows of `out`.
-inline void finish(const Layer& layer, const Rows& out, const Item& item, const Partial& result) {
+// Divides by the sum of weights, the sinks' included, and writes some of the item's rows of `out`.
+inline void finish(const Layer& layer, const Rows& out, const Item& item, int row_begin, int row_end,
+                   const Partial& result) {
   const int heads = heads_per_kv_head(layer), size = layer.head_size;
   with_type(out.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    for (int row = 0; row < item.num_tokens * heads; ++row) {
+    for (int row = row_begin; row < row_end; ++row) {
       const int head = item.kv_head * heads + row % heads;
       float factor = 1.0f, total = result.total[row];
       if (layer.sinks != nullptr) {
@@ -451,15 +452,16 @@ void attend(const Layer& layer, const Cache& cache, const Rows& query, const Row
     }
     attend_over<T, float>(layer, cache, query, item, scratch, result);
   });
-  if (item.partial < 0) finish(layer, out, item, result);
+  if (item.partial < 0) finish(layer, out, item, 0, rows, result);
 }
 
-void merge(const Layer& layer, const Rows& out, const Item& item, float* partials, int count, int64_t stride) {
+void merge(const Layer& layer, const Rows& out, const Item& item, int row_begin, int row_end, float* partials,
+           int count, int64_t stride) {
   const int rows = item.num_tokens * heads_per_kv_head(layer), size = layer.head_size;
   Partial result(layer, rows, partials);
   for (int i = 1; i < count; ++i) {
     const Partial other(layer, rows, partials + i * stride);
-    for (int row = 0; row < rows; ++row) {
+    for (int row = row_begin; row < row_end; ++row) {
       float& mine = result.largest[row];
       const float theirs = other.largest[row];
       if (theirs == kMinusInfinity) continue;  // it saw none of these keys
@@ -474,7 +476,7 @@ void merge(const Layer& layer, const Rows& out, const Item& item, float* partial
       }
     }
   }
-  finish(layer, out, item, result);
+  finish(layer, out, item, row_begin, row_end, result);
 }
 
 void store_token(const Layer& layer, const Cache& cache, const Rows& key, const Rows& value, int64_t token,

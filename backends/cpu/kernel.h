@@ -68,8 +68,10 @@ struct Kernel {
   int64_t (*scratch_bytes)(const Layer&, int rows);
   void (*attend)(const Layer&, const Cache&, const Rows& query, const Rows& out, const Item&, float* scratch,
                  float* partials);
-  // Joins `count` partial results of the same queries, `stride` floats apart, into the first, and writes `out`.
-  void (*merge)(const Layer&, const Rows& out, const Item&, float* partials, int count, int64_t stride);
+  // Joins `count` partial results of the same queries, `stride` floats apart, into the first, and writes `out`; of the
+  // item's rows those from `row_begin` to `row_end`.
+  void (*merge)(const Layer&, const Rows& out, const Item&, int row_begin, int row_end, float* partials, int count,
+                int64_t stride);
   // Puts the key and value of `token`, at `position`, into `slot`.
   void (*store)(const Layer&, const Cache&, const Rows& key, const Rows& value, int64_t token, int position,
                 int64_t slot);

@@ -3,6 +3,7 @@
 // Python's header comes before all others.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -85,7 +86,8 @@ void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Te
   });
   for_each(static_cast<int64_t>(work.merges.size()), [&](int64_t i) {
     const Merge& merge = work.merges[i];
-    kernel.merge(layer, outputs, merge.item, partials + merge.item.partial, merge.parts, merge.stride);
+    kernel.merge(layer, outputs, merge.item, merge.row_begin, merge.row_end, partials + merge.item.partial, merge.parts,
+                 merge.stride);
   });
 }
 
@@ -108,6 +110,43 @@ void store_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& 
   });
 }
 
+// How a step would be split: [items, 2], rows and keys of each in the order in which threads take them, and [merges,
+// 2], rows and parts of each. What a test asks for numbers of threads that no machine here has.
+std::tuple<at::Tensor, at::Tensor> work_split(const at::Tensor& query_start_loc, const at::Tensor& seq_lens,
+                                              int64_t num_heads, int64_t num_kv_heads, int64_t head_size,
+                                              int64_t sliding_window, const std::string& instruction_set,
+                                              int64_t threads) {
+  TORCH_CHECK_VALUE(query_start_loc.scalar_type() == at::kInt && seq_lens.scalar_type() == at::kInt &&
+                        query_start_loc.is_contiguous() && seq_lens.is_contiguous() &&
+                        query_start_loc.numel() == seq_lens.numel() + 1,
+                    "query_start_loc and seq_lens must be int32, and the first longer by one");
+  Layer layer{};
+  layer.num_heads = static_cast<int>(num_heads);
+  layer.num_kv_heads = static_cast<int>(num_kv_heads);
+  layer.head_size = static_cast<int>(head_size);
+  layer.sliding_window = capped(sliding_window);
+  Requests requests{};
+  requests.count = seq_lens.numel();
+  requests.query_start_loc = query_start_loc.const_data_ptr<int32_t>();
+  requests.seq_lens = seq_lens.const_data_ptr<int32_t>();
+  const Work work = split_batch(layer, requests, find_kernel(instruction_set).preferred_rows(layer.head_size),
+                                static_cast<int>(threads));
+  const int64_t heads = num_heads / num_kv_heads;
+  const auto table = [](const auto& things, const auto& row) {
+    at::Tensor result = at::empty({static_cast<int64_t>(things.size()), 2}, at::kLong);
+    auto* to = result.mutable_data_ptr<int64_t>();
+    for (const auto& thing : things) std::tie(to[0], to[1]) = row(thing), to += 2;
+    return result;
+  };
+  return {table(work.items,
+                [&](const Item& item) {
+                  return std::tuple<int64_t, int64_t>{item.num_tokens * heads, item.key_end - item.key_begin};
+                }),
+          table(work.merges, [&](const Merge& merge) {
+            return std::tuple<int64_t, int64_t>{merge.row_end - merge.row_begin, merge.parts};
+          })};
+}
+
 // Heads have a multiple of the first number, up to the second.
 std::tuple<int64_t, int64_t> head_sizes() { return {kPanel, kMaxHeadSize}; }
 
@@ -123,6 +162,10 @@ constexpr const char* kStoreKv = R"(store_kv(
     Tensor? cos_sin, bool interleaved, str instruction_set,
     int group_size, int num_positions, Tensor? k_scale, Tensor? v_scale) -> ())";
 
+constexpr const char* kWorkSplit = R"(work_split(
+    Tensor query_start_loc, Tensor seq_lens, int num_heads, int num_kv_heads, int head_size, int sliding_window,
+    str instruction_set, int threads) -> (Tensor, Tensor))";
+
 }  // namespace
 
 TORCH_LIBRARY(vllm_selfextend_cpu, library) {
@@ -130,6 +173,7 @@ TORCH_LIBRARY(vllm_selfextend_cpu, library) {
   library.def("head_sizes() -> (int, int)", &head_sizes);
   library.def(kAttention, &attention);
   library.def(kStoreKv, &store_kv);
+  library.def(kWorkSplit, &work_split);
 }
 
 }  // namespace selfextend

@@ -6,11 +6,13 @@
 namespace selfextend {
 namespace {
 
-constexpr int kItemsPerThread = 16;        // so that the last ones to finish leave little idle
-constexpr int64_t kLeastEffort = 4 << 10;  // query rows * keys: less is not worth an item of its own
+constexpr int kItemsPerThread = 16;    // so that the last ones to finish leave little idle
+constexpr int kRowsPerKey = 3;         // a key that is read costs about as much as these rows of queries that see it
+constexpr int64_t kLeastEffort = 768;  // less is not worth an item of its own
+constexpr int kRowsPerMerge = 64;      // rows * parts that a thread joins at a time
 
 int64_t effort(const Item& item, int heads) {
-  return int64_t{item.num_tokens} * heads * (item.key_end - item.key_begin);
+  return int64_t{item.num_tokens * heads + kRowsPerKey} * (item.key_end - item.key_begin);
 }
 
 // Blocks of at most `tokens` queries of one request and KV head, each over all keys that its queries see.
@@ -54,7 +56,7 @@ Work split_batch(const Layer& layer, const Requests& requests, int rows, int thr
       work.items.push_back(block);
       continue;
     }
-    Merge merge{block, 0, int64_t{block_rows} * (layer.head_size + 2)};
+    Merge merge{block, 0, 0, 0, int64_t{block_rows} * (layer.head_size + 2)};
     merge.item.partial = work.partial_floats;
     for (Item part = block; part.key_begin < block.key_end; part.key_begin += keys_per_part, ++merge.parts) {
       part.key_end = std::min(part.key_begin + keys_per_part, block.key_end);
@@ -62,7 +64,11 @@ Work split_batch(const Layer& layer, const Requests& requests, int rows, int thr
       work.items.push_back(part);
       work.partial_floats += merge.stride;
     }
-    work.merges.push_back(merge);
+    const int rows_per_merge = std::max(1, kRowsPerMerge / merge.parts);
+    for (; merge.row_begin < block_rows; merge.row_begin = merge.row_end) {
+      merge.row_end = std::min(merge.row_begin + rows_per_merge, block_rows);
+      work.merges.push_back(merge);
+    }
   }
   std::stable_sort(work.items.begin(), work.items.end(),
                    [heads](const Item& a, const Item& b) { return effort(a, heads) > effort(b, heads); });

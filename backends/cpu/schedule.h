@@ -18,9 +18,10 @@ struct Requests {
   int64_t longest;  // the largest of seq_lens
 };
 
-// Partial results of the same queries, in the order of their keys.
+// Partial results of the same queries, in the order of their keys; some of the queries' rows.
 struct Merge {
   Item item;
+  int row_begin, row_end;
   int parts;
   int64_t stride;  // from one part to the next, in floats
 };

@@ -27,6 +27,7 @@ class FlashKernels:
 
     IS_CAPTURABLE = triton.IS_CAPTURABLE
     CACHE_LAYOUT = triton.CACHE_LAYOUT
+    VARIANT = triton.VARIANT
 
     store_kv = staticmethod(triton.store_kv)
     workspace_size = staticmethod(triton.workspace_size)

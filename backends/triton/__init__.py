@@ -19,6 +19,7 @@ from .tiles import find_device
 
 IS_CAPTURABLE = True
 CACHE_LAYOUT = "triton-1"
+VARIANT = f"Triton {triton.__version__}"
 """See `interface.Kernels`."""
 
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret

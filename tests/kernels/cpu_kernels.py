@@ -15,7 +15,7 @@ class CPUKernels:
     CACHE_LAYOUT = cpu.CACHE_LAYOUT
 
     def __init__(self, instruction_set: str) -> None:
-        self.instruction_set = instruction_set
+        self.instruction_set = self.VARIANT = instruction_set
 
     def _call(self, call: Any, *arguments: Any) -> None:
         chosen, cpu.instruction_set = cpu.instruction_set, self.instruction_set
