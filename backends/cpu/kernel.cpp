@@ -270,13 +270,16 @@ class ItemAttention {
   void score(int begin, int end, int tile, int tile_end) {
     const int panels = (end - begin + kPanel - 1) / kPanel;
     float* scores = scratch_.scores + begin - tile;
-    const T *stored[kWidePanels], *next[kWidePanels];
+    const T *stored[kWidePanels], *later[kWidePanels];
     Right* unpacked[kWidePanels];
     find_keys(begin, stored);
-    if (end < tile_end) {
-      find_keys(end, next);
+    const T* const* next = later;
+    if (few_rows_) {  // a product has one tile, mostly, and asks for its own panels
+      next = stored;
+    } else if (end < tile_end) {
+      find_keys(end, later);
     } else {
-      find_values(0, tile, next);
+      find_values(0, tile, later);
     }
     for (int i = 0; i < panels; ++i) {
       unpacked[i] = reinterpret_cast<Right*>(scratch_.panels) + at(i, size_ * kPanel);
@@ -358,13 +361,16 @@ class ItemAttention {
   void add_values(int dim, int tile, int begin, int end, int first_row, int last_row) {
     const int panels = min(kWidePanels, (size_ - dim) / kPanel), block_size = layer_.block_size;
     float* output = result_.output + at(first_row, size_) + dim;
-    for (int key = begin, next; key < end; key = next) {  // the tile lies in one block or in several
-      next = min(end, (key / block_size + 1) * block_size);
+    for (int key = begin, key_end; key < end; key = key_end) {  // the tile lies in one block or in several
+      key_end = min(end, (key / block_size + 1) * block_size);
       const auto* weights = reinterpret_cast<const Left*>(scratch_.scores + at(first_row, kTile)) + (key - tile);
       const T *stored[kWidePanels], *later[kWidePanels];
       find_values(dim, key, stored);
-      if (next < end) {
-        find_values(dim, next, later);
+      const T* const* next = later;
+      if (few_rows_) {
+        next = stored;
+      } else if (key_end < end) {
+        find_values(dim, key_end, later);
       } else if (dim + kWide < size_) {
         find_values(dim + kWide, begin, later);
       } else {
@@ -375,10 +381,10 @@ class ItemAttention {
         unpacked[i] = reinterpret_cast<Right*>(scratch_.panels) + at(i, kTile * kPanel);
       }
       if (unpacks_) {
-        for (int i = 0; i < panels; ++i) unpack(stored[i], next - key, unpacked[i]);
-        product<true>(weights, kWeights, last_row - first_row, unpacked, panels, next - key, later, output, size_);
+        for (int i = 0; i < panels; ++i) unpack(stored[i], key_end - key, unpacked[i]);
+        product<true>(weights, kWeights, last_row - first_row, unpacked, panels, key_end - key, next, output, size_);
       } else {
-        product<true>(weights, kWeights, last_row - first_row, stored, panels, next - key, later, output, size_);
+        product<true>(weights, kWeights, last_row - first_row, stored, panels, key_end - key, next, output, size_);
       }
     }
   }

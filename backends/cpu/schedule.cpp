@@ -6,10 +6,11 @@
 namespace selfextend {
 namespace {
 
-constexpr int kItemsPerThread = 16;    // so that the last ones to finish leave little idle
-constexpr int kRowsPerKey = 3;         // a key that is read costs about as much as these rows of queries that see it
-constexpr int64_t kLeastEffort = 768;  // less is not worth an item of its own
-constexpr int kRowsPerMerge = 64;      // rows * parts that a thread joins at a time
+constexpr int kRowsPerKey = 3;       // a key that is read costs about as much as these rows of queries that see it
+constexpr int kManyItems = 16;       // of a thread: the last ones to finish leave little idle
+constexpr int kFewItems = 8;         // of a thread: small ones cost more than they are worth, but for idle threads
+constexpr int64_t kSmall = 6 << 10;  // effort of a small item
+constexpr int kRowsPerMerge = 64;    // rows * parts that a thread joins at a time
 
 int64_t effort(const Item& item, int heads) {
   return int64_t{item.num_tokens * heads + kRowsPerKey} * (item.key_end - item.key_begin);
@@ -44,15 +45,17 @@ Work split_batch(const Layer& layer, const Requests& requests, int rows, int thr
   const std::vector<Item> blocks = split_queries(layer, requests, std::max(1, rows / heads));
   int64_t total = 0;
   for (const Item& block : blocks) total += effort(block, heads);
-  const int64_t share = std::max(kLeastEffort, total / (int64_t{threads} * kItemsPerThread));
+  const int64_t per_thread = total / threads;
+  const int64_t share =
+      std::max<int64_t>(1, std::max(per_thread / kManyItems, std::min(kSmall, per_thread / kFewItems)));
 
   Work work;
   for (const Item& block : blocks) {
     const int block_rows = block.num_tokens * heads, keys = block.key_end - block.key_begin;
     work.most_rows = std::max(work.most_rows, block_rows);
     const int64_t parts = threads > 1 ? std::max<int64_t>(1, effort(block, heads) / share) : 1;
-    const int keys_per_part = static_cast<int>((keys + parts * kTile - 1) / (parts * kTile) * kTile);
-    if (keys_per_part >= keys) {
+    const int keys_per_part = std::max<int>(kTile, (keys / parts + kTile / 2) / kTile * kTile);
+    if (parts == 1 || keys_per_part >= keys) {
       work.items.push_back(block);
       continue;
     }
