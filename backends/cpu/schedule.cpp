@@ -2,6 +2,7 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace selfextend {
 namespace {
@@ -9,7 +10,7 @@ namespace {
 constexpr int kRowsPerKey = 3;       // a key that is read costs about as much as these rows of queries that see it
 constexpr int kManyItems = 16;       // of a thread: the last ones to finish leave little idle
 constexpr int kFewItems = 8;         // of a thread: small ones cost more than they are worth, but for idle threads
-constexpr int64_t kSmall = 6 << 10;  // effort of a small item
+constexpr int64_t kSmall = 8 << 10;  // effort of a small item
 constexpr int kRowsPerMerge = 64;    // rows * parts that a thread joins at a time
 
 int64_t effort(const Item& item, int heads) {
@@ -43,11 +44,15 @@ std::vector<Item> split_queries(const Layer& layer, const Requests& requests, in
 Work split_batch(const Layer& layer, const Requests& requests, int rows, int threads) {
   const int heads = layer.num_heads / layer.num_kv_heads;
   const std::vector<Item> blocks = split_queries(layer, requests, std::max(1, rows / heads));
-  int64_t total = 0;
-  for (const Item& block : blocks) total += effort(block, heads);
-  const int64_t per_thread = total / threads;
-  const int64_t share =
-      std::max<int64_t>(1, std::max(per_thread / kManyItems, std::min(kSmall, per_thread / kFewItems)));
+  int64_t total = 0, largest = 0;
+  for (const Item& block : blocks) {
+    total += effort(block, heads);
+    largest = std::max(largest, effort(block, heads));
+  }
+  const int64_t per_thread = total / threads, blocks_per_thread = (std::ssize(blocks) + threads - 1) / threads;
+  int64_t share = std::max<int64_t>(1, std::max(per_thread / kManyItems, std::min(kSmall, per_thread / kFewItems)));
+  // Small blocks that come out even are left as they are: parts have to be merged.
+  if (largest <= kSmall && blocks_per_thread * largest <= per_thread * 11 / 10) share = largest;
 
   Work work;
   for (const Item& block : blocks) {
