@@ -93,7 +93,7 @@ def test_head_and_block_sizes(kernels: str, head_size: int, block_size: int) -> 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_few_queries_over_keys_that_turn(kernels: str, rows: int) -> None:
     # Up to a number of rows they are multiplied while they turn, in pairs of rows where those turn together.
-    for rotary_dim, interleaved in [(64, False), (64, True), (32, False), (20, False), (20, True), (6, False), (6, True)]:
+    for rotary_dim, interleaved in itertools.product([64, 32, 20, 6], [False, True]):
         rotation = {"head_size": 64, "rotary_dim": rotary_dim, "interleaved": interleaved, "neighbor_window": 90}
         case = Case(BATCHES["decode"], num_heads=2 * rows, num_kv_heads=2, **rotation)
         check(kernels, case, torch.float32)

@@ -70,4 +70,4 @@ def test_what_the_sets_say_of_head_sizes_and_graphs() -> None:
     assert [size for size in (24, 256, 257) if not triton.unsupported_head_size(size)] == [24, 256]
     assert reference.unsupported_head_size(24) is None
     assert [kernels.IS_CAPTURABLE for kernels in (cpu, triton, reference)] == [False, True, False]
-    assert cpu.VARIANT == cpu.INSTRUCTION_SETS[0]
+    assert [kernels.VARIANT for kernels in (cpu, reference)] == [cpu.instruction_set, "PyTorch"]
