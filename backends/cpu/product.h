@@ -6,6 +6,20 @@
 
 namespace {
 
+template <int number>
+struct Constant {
+  static constexpr int value = number;
+};
+
+// Calls `action` with `rows`, if it is 1 to `most`, as a constant of the compiler's, so that loops over rows unroll.
+template <int most, class Action>
+inline void with_rows(int rows, const Action& action) {
+  if constexpr (most > 0) {
+    if (rows == most) return action(Constant<most>{});
+    with_rows<most - 1>(rows, action);
+  }
+}
+
 // `rows` rows of a panel, as the products read them fastest; in place, too.
 template <class T>
 inline void unpack(const T* stored, int rows, float* unpacked) {
@@ -129,20 +143,9 @@ inline void product(const A* a, int64_t a_stride, int rows, const B* const* b, i
     a += kMaxRows * a_stride;
     c += kMaxRows * c_stride;
   }
-  switch (rows) {
-    case 5:
-      return product_tile<5 < kMaxRows ? 5 : 1, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
-    case 4:
-      return product_tile<4 < kMaxRows ? 4 : 1, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
-    case 3:
-      return product_tile<3 < kMaxRows ? 3 : 1, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
-    case 2:
-      return product_tile<2, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
-    case 1:
-      return product_tile<1, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
-    default:
-      return;
-  }
+  with_rows<kMaxRows - 1>(rows, [&](auto few) {
+    product_tile<few.value, panels, accumulate, true>(a, a_stride, b, depth, next[0], c, c_stride);
+  });
 }
 
 // The same for `panels` panels, 1 to kWidePanels.

@@ -190,10 +190,12 @@ template <int rows, class T>
 }
 #endif
 
-// Whether `score_turned` takes so many rows of queries. A row's sums are one register of a machine with many.
+constexpr int kTurnedRows = 8;  // a row's sums are one register of a machine with many
+
+// Whether `score_turned` takes so many rows of queries.
 template <class Left>
 inline bool scores_turned(const Layer& layer, int rows) {
-  return kVectors == 1 && rows <= 8 && (!kMultiplies<Left> || turns_two(layer));
+  return kVectors == 1 && rows <= kTurnedRows && (!kMultiplies<Left> || turns_two(layer));
 }
 
 // Rows of queries turned by -steps.
@@ -230,24 +232,8 @@ inline void score_turned(const Layer& layer, int first, const float* stairs, con
                          int rows, Left* turned, float* scores, int64_t stride) {
   if constexpr (kVectors == 1) {
     turn_back(layer, lag(first, layer.group_size), query, rows, turned);
-    switch (rows) {
-      case 1:
-        return score_turned_rows<1>(layer, stairs, panel, turned, scores, stride);
-      case 2:
-        return score_turned_rows<2>(layer, stairs, panel, turned, scores, stride);
-      case 3:
-        return score_turned_rows<3>(layer, stairs, panel, turned, scores, stride);
-      case 4:
-        return score_turned_rows<4>(layer, stairs, panel, turned, scores, stride);
-      case 5:
-        return score_turned_rows<5>(layer, stairs, panel, turned, scores, stride);
-      case 6:
-        return score_turned_rows<6>(layer, stairs, panel, turned, scores, stride);
-      case 7:
-        return score_turned_rows<7>(layer, stairs, panel, turned, scores, stride);
-      default:
-        return score_turned_rows<8>(layer, stairs, panel, turned, scores, stride);
-    }
+    with_rows<kTurnedRows>(
+        rows, [&](auto few) { score_turned_rows<few.value>(layer, stairs, panel, turned, scores, stride); });
   }
 }
 
