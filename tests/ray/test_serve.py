@@ -23,6 +23,7 @@ REPLICAS = 2
 CLIENTS = 16
 TEXTS = [row["prompt"] for row in PROMPTS[:CLIENTS]]
 NEW_TOKENS = 64
+ATTEMPTS = 3
 
 
 @dataclass
@@ -115,29 +116,27 @@ def test_a_prompt_that_is_too_long_is_refused(service: Service, alone: list[str]
     assert service.complete(TEXTS[0]) == alone[0]
 
 
-@pytest.mark.timeout(1800)  # as long as what it waits for may take
+@pytest.mark.timeout(3600)  # as long as what it waits for may take
 def test_a_replica_killed_under_load_costs_no_wrong_answer(service: Service, alone: list[str]) -> None:
     load = Load(service, alone)
     with ThreadPoolExecutor(CLIENTS) as pool:
         clients = [pool.submit(load.run_client, number) for number in range(CLIENTS)]
         try:
             wait_until(load.each_client_has(2), service.process, service.log, 300)
-            killed = next(iter(service.replicas().values()))
-            started = service.engines_started()
-            killed.kill()
-            wait_until(load.each_client_has(4), service.process, service.log, 300)
-            service.wait_until_ready(started + 1)
-            wait_until(load.each_client_has(6), service.process, service.log, 300)
+            # The clients of a replica ask and are answered together. Killed between two such batches, it takes no
+            # request with it, and that shows nothing: then the next replica goes as well.
+            while not load.was_cut_off():
+                assert load.replicas_killed < ATTEMPTS, "no killed replica was answering"
+                load.kill_a_replica()
+            wait_until(load.each_client_has(2), service.process, service.log, 300)
         finally:
             load.stop.set()
         for client in clients:
             client.result()  # raises what is neither an answer nor an error that says so
 
-    assert killed.pid not in service.replicas()
     assert len(service.replicas()) == REPLICAS
-    print(dict(load.outcomes))
+    print(dict(load.outcomes), "replicas killed:", load.replicas_killed)
     assert load.outcomes["wrong"] == 0
-    assert load.outcomes.keys() - {"right", "wrong"}, "the killed replica was answering"
     with ThreadPoolExecutor(CLIENTS) as pool:
         assert list(pool.map(service.complete, TEXTS)) == alone
 
@@ -151,6 +150,7 @@ class Load:
     stop: threading.Event = field(default_factory=threading.Event)
     outcomes: Counter[str] = field(default_factory=Counter)
     right: Counter[int] = field(default_factory=Counter)
+    replicas_killed: int = 0
 
     def run_client(self, number: int) -> None:
         for stream in itertools.cycle([False, True]):
@@ -169,3 +169,17 @@ class Load:
     def each_client_has(self, more: int) -> Callable[[], bool]:
         wanted = [self.right[number] + more for number in range(CLIENTS)]
         return lambda: all(self.right[number] >= count for number, count in enumerate(wanted))
+
+    def was_cut_off(self) -> bool:
+        return bool(self.outcomes.keys() - {"right", "wrong"})
+
+    def kill_a_replica(self) -> None:
+        """Kill one and wait until every client has got answers without it, and Ray has started another."""
+        service = self.service
+        killed = next(iter(service.replicas().values()))
+        engines_started = service.engines_started()
+        killed.kill()
+        self.replicas_killed += 1
+        wait_until(self.each_client_has(2), service.process, service.log, 300)
+        service.wait_until_ready(engines_started + 1)
+        assert killed.pid not in service.replicas()
