@@ -150,14 +150,17 @@ def random_model(
     torch.manual_seed(seed)
     model = make(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in chain(model.named_parameters(), model.named_buffers()):
-            if "e_score_correction_bias" in name:  # which experts are chosen
+        for name, buffer in model.named_buffers():
+            if name.endswith(("e_score_correction_bias", "expert_bias")):  # which experts are chosen
+                buffer.normal_(0.0, 0.1)
+        for name, parameter in model.named_parameters():
+            if "e_score_correction_bias" in name:
                 parameter.normal_(0.0, 0.1)
             elif "bias" in name:
                 parameter.normal_(0.0, 0.3)
             elif "sink" in name:
                 parameter.normal_(3.0, 1.0)
-            elif "norm" in name and isinstance(parameter, torch.nn.Parameter):
+            elif "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
