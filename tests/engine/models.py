@@ -22,6 +22,7 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
 )
@@ -137,17 +138,31 @@ def random_prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
 
 def save_random_model(name: str, folder: Path) -> str:
     """Write the random model `name` as a checkpoint, the same at every run, and return its path."""
-    torch.manual_seed(sorted(CONFIGS).index(name))
     path = folder / name
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "bias" in parameter_name:
-                parameter.normal_(0.0, 0.3)
-            if "sinks" in parameter_name:
-                parameter.normal_(3.0, 1.0)
-    model.save_pretrained(path)
+    random_model(CONFIGS[name], seed=sorted(CONFIGS).index(name)).save_pretrained(path)
     return str(path)
+
+
+def random_model(
+    config: PreTrainedConfig, seed: int, make: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+) -> PreTrainedModel:
+    """A model whose every weight is drawn at random, the same at every run."""
+    torch.manual_seed(seed)
+    model = make(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith(("e_score_correction_bias", "expert_bias")):  # which experts are chosen
+                buffer.normal_(0.0, 0.1)
+        for name, parameter in model.named_parameters():
+            if "e_score_correction_bias" in name:
+                parameter.normal_(0.0, 0.1)
+            elif "bias" in name:
+                parameter.normal_(0.0, 0.3)
+            elif "sink" in name:
+                parameter.normal_(3.0, 1.0)
+            elif "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
 
 
 def save_random_adapter(name: str, folder: Path, seed: int = 1) -> str:

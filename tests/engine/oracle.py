@@ -1,21 +1,37 @@
 """A second oracle that shares no code with the project: `transformers`, eager, scores straight from the paper.
 
-The rotary step of a transformers model is taken out, so that its attention sees unrotated queries and keys; this
-module's attention then rotates them itself, once at true positions and once at grouped ones, with transformers' own
-rotary functions, and picks each score by `i - j < W`. The whole sequence is computed at once, without a cache.
+A transformers model computes each layer's queries and keys three times, with its own code: as it is, with queries
+rotated to grouped positions, and with keys rotated to grouped positions. For that, the model's rotary function gets
+other rows of its cosines and sines; nothing else of the layer's code is changed, so that whatever a model does before or
+after the rotation (norms, scales, dimensions left alone) is in the result. This module's attention then picks each
+score by `i - j < W`. The whole sequence is computed at once, without a cache.
 """
 
 import contextlib
+import copy
+import inspect
 import math
 import sys
+from collections import UserDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+import transformers
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import eager_mask
 from transformers.utils import ModelOutput
+
+NAME = "self_extend_oracle"
+ROTARY_FUNCTIONS = ("apply_rotary_pos_emb", "apply_rotary_emb", "apply_multimodal_rotary_pos_emb")
+ROTARY_TABLES = ("cos", "sin", "freqs_cis")
+"""Parameters of these functions, positions in their last dimension but one."""
+
+LOCAL_ATTENTION = ("sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True)
@@ -38,68 +54,195 @@ def hidden_states(checkpoint: str, sequences: list[list[int]], method: SelfExten
     return [output.hidden_states[-1][0].numpy() for output in _outputs(checkpoint, sequences, method)]
 
 
-def _outputs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> Iterator[ModelOutput]:
-    AttentionInterface.register("self_extend_oracle", _attention)
+def class_logits(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[np.ndarray]:
+    """For each sequence a classifier's logits `[classes]`, by its last token."""
+    return [output.logits[0].numpy() for output in _outputs(checkpoint, sequences, method)]
+
+
+def load(checkpoint: str) -> PreTrainedModel:
+    """The checkpoint in transformers, in float32, in the class that it names if transformers has it."""
     config = AutoConfig.from_pretrained(checkpoint)
-    if config.rope_parameters.get("rope_type") == "longrope":
-        # transformers chooses by each text's length; vLLM, serving more than the original length, takes the long ones.
-        config.rope_parameters["short_factor"] = config.rope_parameters["long_factor"]
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, config=config, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.config._attn_implementation = model.base_model.config._attn_implementation = "self_extend_oracle"
-    model.eval()
-    with _unrotated(model) as rotate, torch.inference_mode():
-        for module in model.modules():
-            module.oracle = (model.base_model.rotary_emb, rotate, method)
+    _take_long_factors(config.get_text_config())
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is None or not named.__name__.endswith(("ForConditionalGeneration", "ForSequenceClassification")):
+        named = AutoModelForCausalLM
+    # Falcon's code computes its eager attention itself, and hands the other to PyTorch.
+    attention = "sdpa" if config.model_type == "falcon" else "eager"
+    return named.from_pretrained(checkpoint, config=config, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def _take_long_factors(config: Any) -> None:
+    """transformers chooses by each text's length; vLLM, serving more than the original length, takes the long ones."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") == "longrope":
+        parameters["short_factor"] = parameters["long_factor"]
+
+
+def _outputs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> Iterator[ModelOutput]:
+    AttentionInterface.register(NAME, _interface)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    model = load(checkpoint)
+    oracle = _Oracle(method)
+    with oracle.within(model), torch.inference_mode():
         for tokens in sequences:
-            yield model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True)
+            oracle.shared.clear()
+            yield model(
+                input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True, return_dict=True
+            )
+
+
+def _interface(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+    attend = module.oracle.attend
+    return attend(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs.get("sliding_window"))
+
+
+class _Captured(Exception):
+    """Ends a layer's second and third run when its queries and keys are there."""
+
+    def __init__(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        super().__init__()
+        self.query, self.key = query, key
+
+
+@dataclass
+class _Oracle:
+    """What the layers of one model share.
+
+    Attributes:
+        calls: The arguments of the calls that led to here, innermost last.
+        rows: To what positions the rotary function is to rotate; as the model says if None.
+        rotated: The modules under way whose code called a rotary function.
+        shared: For the second and third run, what layers hand on to later layers (keys, in some models), by run.
+
+    """
+
+    method: SelfExtend
+    calls: list[tuple[nn.Module, tuple, dict]] = field(default_factory=list)
+    rows: torch.Tensor | None = None
+    run: str = "as it is"
+    rotated: set[nn.Module] = field(default_factory=set)
+    shared: dict[str, UserDict] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def within(self, model: nn.Module) -> Iterator[None]:
+        """Within the context the model's attention is this class's."""
+        with contextlib.ExitStack() as stack:
+            for one in model.modules():
+                one.oracle = self
+                if hasattr(one, "config") and hasattr(one.config, "_attn_implementation"):
+                    stack.enter_context(_implementation(one.config))
+                stack.callback(one.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
+                stack.callback(one.register_forward_hook(self._leave).remove)
+            files = {sys.modules[type(one).__module__] for one in model.modules()}
+            files = {file for file in files if file.__name__.startswith("transformers.models.")}
+            for file in files:
+                for name in ROTARY_FUNCTIONS:
+                    if hasattr(file, name):
+                        stack.enter_context(mock.patch.object(file, name, self._rotary(getattr(file, name))))
+                if hasattr(file, "GPTJAttention"):
+                    stack.enter_context(mock.patch.object(file.GPTJAttention, "_attn", _gptj_attention))
+                if hasattr(file, "FalconAttention"):
+                    attend = mock.patch("torch.nn.functional.scaled_dot_product_attention", self._of_pytorch)
+                    stack.enter_context(attend)
+            yield
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.calls.append((module, args, kwargs))
+        if self.run == "as it is":
+            self.rotated.discard(module)
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.calls.pop()
+
+    def _rotary(self, function: Callable) -> Callable:
+        signature = inspect.signature(function)
+
+        def rotary(*args, **kwargs):
+            self.rotated.update(module for module, _, _ in self.calls)
+            bound = signature.bind(*args, **kwargs)
+            for name in ROTARY_TABLES:
+                if name in bound.arguments and self.rows is not None:
+                    bound.arguments[name] = bound.arguments[name].index_select(-2, self.rows)
+            return function(*bound.args, **bound.kwargs)
+
+        return rotary
+
+    def _again(self, run: str, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys of the attention layer under way, rotated to `positions`."""
+        depth, (module, args, kwargs) = len(self.calls), self.calls[-1]
+        kwargs = {**kwargs, "past_key_values": None} if "past_key_values" in kwargs else kwargs
+        if isinstance(shared := kwargs.get("shared_kv_states"), UserDict):
+            kept = self.shared.setdefault(run, UserDict())
+            kwargs["shared_kv_states"] = kept
+            if not kept:
+                kept.update(copy.copy(shared))
+        # A position past the text's end is one whose score is not chosen.
+        self.run, self.rows = run, positions.clamp(max=len(positions) - 1)
+        try:
+            module(*args, **kwargs)
+        except _Captured as captured:
+            return captured.query, captured.key
+        finally:
+            self.run, self.rows = "as it is", None
+            del self.calls[depth:]
+        raise AssertionError("a layer did not attend when it was run once more")
+
+    def attend(self, module, query, key, value, mask, scaling, softcap, sinks, sliding_window):
+        """`[1, heads, tokens, head_size]` queries, keys and values to `[1, tokens, heads, head_size]`."""
+        if self.run != "as it is":
+            raise _Captured(query, key)
+        num_tokens, method = query.shape[2], self.method
+        position = torch.arange(num_tokens)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = _scores(query, key, scaling)
+        if self.extends(module, sliding_window):
+            group, window = method.group_size, method.neighbor_window
+            grouped_query, _ = self._again("queries", position // group + window - window // group)
+            _, grouped_key = self._again("keys", position // group)
+            is_neighbor = position[:, None] - position < window
+            is_neighbor |= (position < method.exact_len)[:, None]
+            scores = torch.where(is_neighbor, scores, _scores(grouped_query, grouped_key, scaling))
+            if method.log_scale_len:
+                scores = scores * ((position + 1).log() / math.log(method.log_scale_len)).clamp(min=1.0)[:, None]
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(position[:, None] < position, float("-inf"))
+        if mask is not None:
+            mask = mask[..., :num_tokens]
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        if sinks is not None:  # one more score per head, whose value is nothing
+            scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, num_tokens, 1)], -1)
+        weights = scores.softmax(-1)[..., :num_tokens]
+        values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        return (weights @ values).transpose(1, 2), weights
+
+    def extends(self, module: nn.Module, sliding_window: int | None) -> bool:
+        """Whether the layer sees the whole context, and rotates."""
+        kinds = getattr(getattr(module, "config", None), "layer_types", None)
+        index = getattr(module, "layer_idx", None)
+        is_local = kinds is not None and index is not None and kinds[index] in LOCAL_ATTENTION
+        return self.calls[-1][0] in self.rotated and not (is_local or sliding_window)
+
+    def _of_pytorch(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+        attended, _ = self.attend(self.calls[-1][0], query, key, value, attn_mask, scale, None, None, None)
+        return attended.transpose(1, 2)
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    return query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) * scaling
+
+
+def _gptj_attention(self, query, key, value, attention_mask=None):
+    attended, weights = self.oracle.attend(
+        self, query, key, value, attention_mask, 1.0 / float(self.scale_attn), None, None, None
+    )
+    return attended.transpose(1, 2), weights
 
 
 @contextlib.contextmanager
-def _unrotated(model: torch.nn.Module) -> Iterator[Callable]:
-    """Within the context the model's attention gets unrotated queries and keys; yields its rotary function."""
-    modeling = sys.modules[type(model).__module__]
-    rotate = modeling.apply_rotary_pos_emb
-    with mock.patch.object(modeling, "apply_rotary_pos_emb", lambda q, k, *args, **kwargs: (q, k)):
-        yield rotate
-
-
-def _attention(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_):
-    """`[1, heads, tokens, head_size]` queries, keys and values, not rotated, to `[1, tokens, heads, head_size]`."""
-    rotary_emb, rotate, method = module.oracle
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    position = torch.arange(query.shape[2])
-    distance = position[:, None] - position
-    group, window = (1, 1) if sliding_window else (method.group_size, method.neighbor_window)
-
-    def scores(query_position, key_position):
-        rotated_query = _rotated(module, rotary_emb, rotate, query, query_position)
-        rotated_key = _rotated(module, rotary_emb, rotate, key, key_position)
-        return rotated_query @ rotated_key.transpose(2, 3) * scaling
-
-    neighbor = scores(position, position)
-    grouped = scores(position // group + window - window // group, position // group)
-    is_neighbor = (distance < window) | (position < method.exact_len)[:, None]
-    chosen = torch.where(is_neighbor, neighbor, grouped)
-    if method.log_scale_len and not sliding_window:
-        chosen = chosen * ((position + 1).log() / math.log(method.log_scale_len)).clamp(min=1.0)[:, None]
-    if softcap:
-        chosen = softcap * torch.tanh(chosen / softcap)
-    hidden = (distance < 0) | (distance >= sliding_window if sliding_window else torch.tensor(False))
-    chosen = chosen.masked_fill(hidden, float("-inf"))
-    if s_aux is not None:  # attention sinks: one more score per head, whose value is nothing
-        chosen = torch.cat([chosen, s_aux[:, None, None].expand(1, -1, len(position), 1)], -1)
-    weights = chosen.softmax(-1)[..., : len(position)]
-    return (weights @ value).transpose(1, 2), weights
-
-
-def _rotated(module, rotary_emb, rotate, x, position):
-    """Rotate `x` with transformers' tables and function for this layer's kind."""
-    kind = getattr(module, "layer_type", None)
-    per_kind = kind is not None and hasattr(rotary_emb, f"{kind}_inv_freq")
-    cos, sin = rotary_emb(x, position[None], *([kind] if per_kind else []))
-    rotary_dim = 2 * len(getattr(rotary_emb, f"{kind}_inv_freq" if per_kind else "inv_freq"))
-    turned, _ = rotate(x[..., :rotary_dim], x[..., :rotary_dim], cos, sin)
-    return torch.cat([turned, x[..., rotary_dim:]], -1)
+def _implementation(config: Any) -> Iterator[None]:
+    before = config._attn_implementation
+    if before == "eager":
+        config._attn_implementation = NAME
+    yield
+    config._attn_implementation = before

@@ -6,45 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from vllm import LLM, SamplingParams
 
-from .models import CONFIGS, TRAINED_LENGTH, VOCAB_SIZE
+from .comparison import check, prompts
+from .models import CONFIGS, TRAINED_LENGTH
 from .oracle import SelfExtend
-
-NEW_TOKENS = 8
-GREEDY = SamplingParams(
-    temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, prompt_logprobs=0, logprobs=0
-)
 
 # Group sizes that divide the window and that do not; capacities (64 - W + W // G) * G.
 NUMBERS = {"divides": (4, 16, 208), "odd": (5, 18, 245)}
-
-
-def prompts(group_size: int, neighbor_window: int, max_model_len: int, block_size: int) -> list[list[int]]:
-    """Lengths around the window, the trained length, multiples of the group and block size, and the longest."""
-    turns = (1, neighbor_window, TRAINED_LENGTH, 3 * group_size, block_size, 4 * block_size, 23 * group_size)
-    lengths = {turn + step for turn in turns for step in (-1, 0, 1)} | {max_model_len - NEW_TOKENS}
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
-        for length in sorted(lengths)
-        if length > 0
-    ]
-
-
-def check(llm: LLM, oracle: Callable, checkpoint: str, texts: list[list[int]], method: SelfExtend) -> None:
-    """Generate greedily and compare with the oracle at every position of prompts and answers."""
-    outputs = llm.generate([{"prompt_token_ids": text} for text in texts], GREEDY, use_tqdm=False)
-    answers = [list(output.outputs[0].token_ids) for output in outputs]
-    expected = oracle(checkpoint, [text + answer for text, answer in zip(texts, answers, strict=True)], method)
-    for text, answer, output, logprobs in zip(texts, answers, outputs, expected, strict=True):
-        assert logprobs[len(text) - 1 : -1].argmax(-1).tolist() == answer, f"prompt of {len(text)} tokens"
-        # vLLM gives no log-probability to a prompt's first token.
-        steps = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-        got = torch.tensor([step[token].logprob for step, token in zip(steps, (text + answer)[1:], strict=True)])
-        wanted = logprobs[:-1].gather(1, torch.tensor((text + answer)[1:])[:, None])[:, 0]
-        torch.testing.assert_close(got, wanted, atol=1e-3, rtol=0.0)
 
 
 @pytest.mark.parametrize("numbers", ["divides", "odd"])

@@ -1,0 +1,343 @@
+"""Which architectures are proved: `python -m benchmarks.model_matrix`, or with names to run just those.
+
+Every architecture of `tests/engine/architectures.py` is written as a tiny random checkpoint and served with Self-Extend
+through vLLM on a CPU. Its greedy tokens and all log-probabilities are held against the second oracle, transformers in
+eager with scores from the paper (`tests/engine/oracle.py`), on both sides of the window and of the trained length. An
+architecture that is refused, or that fails, is put to stock vLLM too, with short texts: does that agree with
+transformers? Every step runs in a process of its own; one that crashes or hangs stops nothing.
+"""
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import rich.box
+import torch
+import transformers
+import typer
+import vllm
+from rich.console import Console
+from rich.table import Table
+from vllm import LLM
+from vllm.model_executor.models import registry
+
+import vllm_selfextend
+from tests.engine import oracle
+from tests.engine.architectures import ARCHITECTURES, Architecture
+from tests.engine.comparison import NEW_TOKENS, TOLERANCE, Generated, compare, generate, prompts
+from tests.engine.conftest import ENGINE_DEFAULTS
+from tests.engine.models import TRAINED_LENGTH, random_prompts
+
+RESULTS = Path("benchmarks/results/model_matrix.jsonl")
+DOCS = Path("docs/models.md")
+SECONDS = 120
+"""How long a step may take."""
+
+REFUSAL = "Self-Extend cannot serve"
+STATES_TOLERANCE = 1e-4
+"""Of a normalised state's numbers, and of a class's probability."""
+
+BY_TITLE = {one.title: one for one in ARCHITECTURES}
+PRELOADED = [
+    "tests.engine.conftest",
+    "tests.engine.architectures",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "vllm_selfextend.cpu_worker",
+    "vllm_selfextend.attention",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+]
+"""Modules that the processes of all steps have from the start."""
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of an architecture.
+
+    Attributes:
+        status: "proved", "refused", "differs", "not runnable" or "no oracle".
+        reason: Why it is not proved.
+        stock: What stock vLLM does with short texts: "as transformers", or what is wrong.
+        model: The class of vLLM's that ran.
+        greatest: The greatest difference of a log-probability.
+
+    """
+
+    name: str
+    variant: str
+    known_as: str
+    status: str
+    reason: str = ""
+    stock: str = ""
+    model: str = ""
+    greatest: float = 0.0
+    seconds: float = 0.0
+    notes: str = ""
+
+
+class StepError(Exception):
+    """A step failed; what its process said last."""
+
+
+def in_process(log: Path, step: Callable[..., Any], *args: Any) -> Any:
+    """What `step` returns in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(sender, log, step, args))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(SECONDS):
+            raise StepError(f"no end after {SECONDS} seconds")
+        result, error = receiver.recv()
+    except EOFError:
+        process.join()
+        raise StepError(f"the process died ({process.exitcode})") from None
+    finally:
+        process.kill()
+        process.join()
+    if error:
+        raise StepError(error)
+    return result
+
+
+def _child(sender: Connection, log: Path, step: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # vLLM looks at a model's class in a process of its own, which takes ten seconds to start; this one has just that task.
+    registry._run_in_subprocess = lambda function: function()
+    try:
+        start = time.monotonic()
+        sender.send((step(*args), ""))
+        print(f"{step.__name__} {args[0]}: {time.monotonic() - start:.1f} s", flush=True)
+    except BaseException as error:
+        traceback.print_exc()
+        sender.send((None, _innermost(error)))
+    os._exit(0)
+
+
+def _innermost(error: BaseException) -> str:
+    """The error that says what is wrong, of those that it came with."""
+    found = error
+    while (cause := found.__cause__ or found.__context__) is not None and REFUSAL not in str(found):
+        found = cause
+    lines = [line.strip() for line in str(found).splitlines() if line.strip()]
+    pydantic = [line for line in lines if REFUSAL in line or line.startswith("Value error, ")]
+    return f"{type(found).__name__}: {(pydantic or lines or [''])[0]}"
+
+
+def save(title: str, folder: Path) -> str:
+    return BY_TITLE[title].save(folder)
+
+
+def serve(title: str, checkpoint: str, extended: bool) -> tuple[str, list[Any]]:
+    """The class of vLLM's model, and what it generated, or the texts with their states or classes."""
+    architecture = BY_TITLE[title]
+    group_size, window, max_model_len = architecture.numbers
+    settings: dict[str, Any] = {**ENGINE_DEFAULTS, "max_num_batched_tokens": 256, **architecture.engine}
+    if architecture.task != "generate":
+        settings["runner"] = "pooling"
+    if extended:
+        numbers = {"group_size": group_size, "neighbor_window": window, "exact_short": True}
+        settings |= {
+            "attention_backend": "CUSTOM",
+            "max_model_len": max_model_len,
+            "additional_config": {"self_extend": numbers},
+        }
+        texts = prompts(group_size, window, max_model_len, block_size=32)
+    else:
+        settings["max_model_len"] = TRAINED_LENGTH
+        texts = random_prompts((1, 5, 17, 18, 19, 33, TRAINED_LENGTH - NEW_TOKENS), seed=0)
+    llm = LLM(checkpoint, **settings)
+    model = llm.apply_model(lambda one: type(one).__name__)[0]
+    if architecture.task == "generate":
+        return model, list(generate(llm, texts))
+    requests = [{"prompt_token_ids": text} for text in texts]
+    if architecture.task == "embed":
+        states = [output.outputs.embedding for output in llm.embed(requests, use_tqdm=False)]
+    else:
+        states = [output.outputs.probs for output in llm.classify(requests, use_tqdm=False)]
+    return model, list(zip(texts, states, strict=True))
+
+
+def hold(title: str, checkpoint: str, found: list[Any], extended: bool) -> float:
+    """Hold what vLLM gave against the oracle; the greatest difference."""
+    architecture = BY_TITLE[title]
+    group_size, window, _ = architecture.numbers
+    method = oracle.SelfExtend(group_size if extended else 1, window, TRAINED_LENGTH)
+    if architecture.task == "generate":
+        generated: list[Generated] = found
+        wanted = oracle.next_token_logprobs(checkpoint, [one.tokens for one in generated], method)
+        return compare(generated, [torch.from_numpy(one) for one in wanted])
+    texts = [text for text, _ in found]
+    if architecture.task == "embed":
+        states = [torch.from_numpy(one[-1]) for one in oracle.hidden_states(checkpoint, texts, method)]
+        expected = [one / one.norm() for one in states]
+    else:
+        expected = [torch.from_numpy(one).softmax(-1) for one in oracle.class_logits(checkpoint, texts, method)]
+    differences = [
+        float((torch.tensor(got) - want).abs().max()) for (_, got), want in zip(found, expected, strict=True)
+    ]
+    if max(differences) > STATES_TOLERANCE:
+        raise AssertionError(f"off by {max(differences):.4f}")
+    return max(differences)
+
+
+def run(architecture: Architecture, log: Path) -> Result:
+    """Run one architecture."""
+    start = time.monotonic()
+
+    def result(status: str, reason: str = "", **more: Any) -> Result:
+        seconds = round(time.monotonic() - start, 1)
+        names = architecture.name, architecture.variant, architecture.known_as
+        return Result(*names, status, reason, seconds=seconds, notes=architecture.notes, **more)
+
+    if architecture.config is None:
+        return result("no oracle", f"no implementation to compare with in transformers {transformers.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            checkpoint = in_process(log, save, architecture.title, Path(folder))
+        except StepError as error:
+            return result("not runnable", f"no checkpoint: {error}")
+        try:
+            model, found = in_process(log, serve, architecture.title, checkpoint, True)
+        except StepError as error:
+            reason = str(error)
+            stock = _stock(architecture.title, checkpoint, log)
+            if REFUSAL in reason:
+                reason = reason[reason.index(REFUSAL) :].replace(checkpoint, "it")
+                return result("refused", reason, stock=stock)
+            return result("not runnable", reason.replace(folder, "FOLDER"), stock=stock)
+        try:
+            greatest = in_process(log, hold, architecture.title, checkpoint, found, True)
+        except StepError as error:
+            return result("differs", str(error), stock=_stock(architecture.title, checkpoint, log), model=model)
+        return result("proved", model=model, greatest=greatest)
+
+
+def _stock(title: str, checkpoint: str, log: Path) -> str:
+    """What stock vLLM does with short texts."""
+    try:
+        _, found = in_process(log, serve, title, checkpoint, False)
+    except StepError as error:
+        return f"fails: {error}".replace(str(Path(checkpoint).parent), "FOLDER")
+    try:
+        in_process(log, hold, title, checkpoint, found, False)
+    except StepError as error:
+        return f"differs from transformers: {error}"
+    return "as transformers"
+
+
+def write_json(path: Path, results: list[Result]) -> list[Result]:
+    """Put the results in the place of those that the file has for the same rows; all of them, sorted."""
+    before = [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = {(one.name, one.variant): one for one in (*before, *results)}
+    known = {(one.name, one.variant) for one in ARCHITECTURES}
+    merged = [rows[key] for key in sorted(rows, key=lambda key: (key[0].lower(), key[1])) if key in known]
+    path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in merged), encoding="utf-8")
+    return merged
+
+
+def outcome(result: Result) -> str:
+    """A row's last column."""
+    if result.status == "proved":
+        through = " through vLLM's Transformers backend" if result.model.startswith("Transformers") else ""
+        return f"**proved**{through}"
+    reason = result.reason.removeprefix(f"{REFUSAL} it: ")
+    if result.status == "refused":
+        agrees = "" if result.stock == "as transformers" else f" (stock vLLM {result.stock})" if result.stock else ""
+        return f"refused: {reason}{agrees}"
+    if result.status == "no oracle":
+        return f"not compared: {reason}"
+    if result.status == "differs":
+        return f"**differs**: {reason}; stock vLLM on short texts: {result.stock}"
+    if result.stock.startswith("fails: "):
+        return f"not runnable here: stock vLLM fails too: {result.stock.removeprefix('fails: ')}"
+    return f"not runnable here: {reason}; stock vLLM on short texts: {result.stock}"
+
+
+def docs(results: list[Result]) -> str:
+    """The page."""
+    counts = Counter(result.status for result in results)
+    proved = {result.name for result in results if result.status == "proved"}
+    lines = [
+        "# Models",
+        "",
+        f"What happens with each decoder architecture of vLLM {vllm.__version__.split('+')[0]}, found out by running it: a tiny",
+        "random checkpoint, served with Self-Extend through vLLM on a CPU in float32, its greedy tokens and all",
+        "log-probabilities, of prompts and answers, held against a second implementation that shares no code with this",
+        f"project (transformers {transformers.__version__} in eager, scores straight from the paper), with texts on both sides of the",
+        f"window and of the trained length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.",
+        "",
+        f"Made by `python -m benchmarks.model_matrix --docs` (version {vllm_selfextend.__version__} of this project; `make models`);",
+        "the numbers are in [benchmarks/results/model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).",
+        "",
+        f"{len(proved)} architectures are proved ({counts['proved']} rows), {counts['refused']} rows are refused at start-up with",
+        f"their reason, {counts['not runnable']} do not run on a CPU, {counts['differs']} differ, and {counts['no oracle']} have nothing to be compared with.",
+        "",
+        "| architecture | families | |",
+        "|---|---|---|",
+    ]
+    for result in results:
+        title = f"{result.name}, {result.variant}" if result.variant else result.name
+        notes = f" {result.notes}" if result.notes else ""
+        cells = (cell.replace("|", "\\|") for cell in (title, result.known_as, outcome(result) + notes))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Architectures; all if none is named.")] = None,
+    json_file: Annotated[Path, typer.Option("--json", help="Results, a line a row; rows run again are replaced.")] = RESULTS,
+    write_docs: Annotated[bool, typer.Option("--docs", help=f"Write {DOCS} from the results.")] = False,
+    only: Annotated[str, typer.Option(help="'missing': run what has no result; 'unproved': what is not proved.")] = "",
+    log: Annotated[Path | None, typer.Option(help="Where what the processes say goes; else it is dropped.")] = None,
+) -> None:
+    """Run architectures, each in processes of its own, and write what became of them."""
+    chosen = [one for one in ARCHITECTURES if not names or one.name in names or one.title in names]
+    if names and (unknown := set(names) - {one.name for one in chosen} - {one.title for one in chosen}):
+        raise typer.BadParameter(f"no such architecture: {', '.join(sorted(unknown))}")
+    merged = write_json(json_file, [])
+    if only:
+        done = {(one.name, one.variant) for one in merged if only == "missing" or one.status == "proved"}
+        chosen = [one for one in chosen if (one.name, one.variant) not in done]
+    for number, architecture in enumerate(chosen, 1):
+        result = run(architecture, log or Path(os.devnull))
+        merged = write_json(json_file, [result])
+        style = {"proved": "green", "differs": "red", "not runnable": "red"}.get(result.status, "yellow")
+        console.print(f"{number}/{len(chosen)} {architecture.title}: ", style="bold", end="", markup=False)
+        what = f"{result.greatest:.0e}" if result.status == "proved" else f"{result.reason} [stock: {result.stock}]"
+        console.print(f"{result.status}, {what} ({result.seconds} s)", style=style, markup=False, soft_wrap=True)
+    table = Table(box=rich.box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("rows", justify="right")
+    for status, count in Counter(one.status for one in merged).most_common():
+        table.add_row(status, str(count))
+    console.print(table)
+    if write_docs:
+        DOCS.write_text(docs(merged), encoding="utf-8")
+    if any(one.status == "differs" for one in merged):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
