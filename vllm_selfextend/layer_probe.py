@@ -40,7 +40,7 @@ def queries_and_keys(
     with contextlib.ExitStack() as changes:
         for path, layer in layers.items():
             changes.enter_context(_recorded(layer, path, found))
-        for decoder_layer in set(filter(None, (_decoder_layer(model, path) for path in layers))):
+        for decoder_layer in {layer for path in layers for layer in _decoder_layers(model, path)}:
             hook = decoder_layer.register_forward_pre_hook(_same_vector_everywhere(hidden_size), with_kwargs=True)
             changes.callback(hook.remove)
         with torch.inference_mode():
@@ -105,14 +105,14 @@ def _recorded(layer: Attention, path: str, found: dict[str, QueryAndKey]) -> Ite
         del layer.impl.forward
 
 
-def _decoder_layer(model: nn.Module, path: str) -> nn.Module | None:
-    """The decoder layer that a module of it belongs to: the first element of a list on the way to it."""
+def _decoder_layers(model: nn.Module, path: str) -> Iterable[nn.Module]:
+    """All elements of the first list of modules on the way to a module, since decoder layers may share it (Zamba 2)."""
     module = model
     for name in path.split("."):
-        parent, module = module, module.get_submodule(name)
-        if isinstance(parent, nn.ModuleList):
+        module = module.get_submodule(name)
+        if isinstance(module, nn.ModuleList):
             return module
-    return None
+    return ()
 
 
 def _same_vector_everywhere(hidden_size: int) -> Callable[..., Any]:
