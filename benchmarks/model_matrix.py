@@ -142,10 +142,11 @@ def _innermost(error: BaseException) -> str:
         found = cause
     lines = [line.strip() for line in str(found).splitlines() if line.strip()]
     pydantic = [line for line in lines if REFUSAL in line or line.startswith("Value error, ")]
-    return f"{type(found).__name__}: {(pydantic or lines or [''])[0]}"
+    code = traceback.extract_tb(found.__traceback__)[-1].line if found.__traceback__ else ""
+    return f"{type(found).__name__}: {(pydantic or lines or [code])[0]}"
 
 
-def save(title: str, folder: Path) -> str:
+def save(title: str, folder: Path) -> tuple[str, str]:
     return BY_TITLE[title].save(folder)
 
 
@@ -215,33 +216,33 @@ def run(architecture: Architecture, log: Path) -> Result:
         return result("no oracle", f"no implementation to compare with in transformers {transformers.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            checkpoint = in_process(log, save, architecture.title, Path(folder))
+            checkpoint, for_oracle = in_process(log, save, architecture.title, Path(folder))
         except StepError as error:
             return result("not runnable", f"no checkpoint: {error}")
         try:
             model, found = in_process(log, serve, architecture.title, checkpoint, True)
         except StepError as error:
             reason = str(error)
-            stock = _stock(architecture.title, checkpoint, log)
+            stock = _stock(architecture.title, checkpoint, for_oracle, log)
             if REFUSAL in reason:
                 reason = reason[reason.index(REFUSAL) :].replace(checkpoint, "it")
                 return result("refused", reason, stock=stock)
             return result("not runnable", reason.replace(folder, "FOLDER"), stock=stock)
         try:
-            greatest = in_process(log, hold, architecture.title, checkpoint, found, True)
+            greatest = in_process(log, hold, architecture.title, for_oracle, found, True)
         except StepError as error:
-            return result("differs", str(error), stock=_stock(architecture.title, checkpoint, log), model=model)
+            return result("differs", str(error), stock=_stock(architecture.title, checkpoint, for_oracle, log), model=model)
         return result("proved", model=model, greatest=greatest)
 
 
-def _stock(title: str, checkpoint: str, log: Path) -> str:
+def _stock(title: str, checkpoint: str, for_oracle: str, log: Path) -> str:
     """What stock vLLM does with short texts."""
     try:
         _, found = in_process(log, serve, title, checkpoint, False)
     except StepError as error:
         return f"fails: {error}".replace(str(Path(checkpoint).parent), "FOLDER")
     try:
-        in_process(log, hold, title, checkpoint, found, False)
+        in_process(log, hold, title, for_oracle, found, False)
     except StepError as error:
         return f"differs from transformers: {error}"
     return "as transformers"

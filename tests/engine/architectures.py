@@ -5,6 +5,7 @@ dimensions where that is free, and a trained length of 64 tokens.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -75,6 +76,10 @@ QWEN3_5_VISION = {name: value for name, value in QWEN3_VISION.items() if name !=
 GLM_VISION = {
     "depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128, "image_size": 28
 }  # fmt: skip
+ONE_MORE: dict[str, Any] = {
+    "oracle": {"sliding_window": 25},
+    "notes": "(vLLM takes its sliding windows for one token longer than transformers; compared at the same length)",
+}
 AXES = default_rope(mrope_section=[4, 6, 6])
 GLM_AXES = default_rope(partial_rotary_factor=0.5, mrope_section=[2, 3, 3])
 LLAMA4 = {
@@ -97,6 +102,7 @@ class Architecture:
         numbers: Group size, neighbor window and `max_model_len`.
         base: Save the model without its head.
         convert: Turns transformers' checkpoint in a folder into the one that vLLM reads.
+        oracle: What the text config that the oracle reads says otherwise.
         notes: For the table.
 
     """
@@ -110,25 +116,30 @@ class Architecture:
     numbers: tuple[int, int, int] = (5, 18, 245)
     base: bool = False
     convert: Callable[[Path], None] | None = None
+    oracle: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
 
     @property
     def title(self) -> str:
         return f"{self.name} ({self.variant})" if self.variant else self.name
 
-    def save(self, folder: Path) -> str:
-        """Write the checkpoint, the same at every run, and return its path."""
+    def save(self, folder: Path) -> tuple[str, str]:
+        """Write the checkpoint, the same at every run, and return its path and that of the oracle's."""
         assert self.config is not None
         named = getattr(transformers, self.name, None)
         make = AutoModelForCausalLM.from_config if named is None or self.base else named._from_config
         model = random_model(self.config(), seed=len(self.title), make=make)
-        path = folder / "checkpoint"
+        path, for_oracle = folder / "checkpoint", folder / "oracle"
         (model.base_model if self.base else model).save_pretrained(path)
         config_file = path / "config.json"
-        config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"architectures": [self.name]}))
+        config = json.loads(config_file.read_text()) | {"architectures": [self.name]}
+        config_file.write_text(json.dumps(config))
+        shutil.copytree(path, for_oracle)
+        config.get("text_config", config).update(self.oracle)
+        (for_oracle / "config.json").write_text(json.dumps(config))
         if self.convert is not None:
             self.convert(path)
-        return str(path)
+        return str(path), str(for_oracle)
 
 
 def of(config_class: str, *without: str, **values: Any) -> Callable[[], PreTrainedConfig]:
@@ -196,33 +207,34 @@ ARCHITECTURES: list[Architecture] = [
                  of("GraniteMoeSharedConfig", **GRANITE, **LOCAL_MOE, shared_intermediate_size=48)),
     Architecture("GraniteMoeSWAForCausalLM", "Granite MoE with sliding windows",
                  of("GraniteMoeSWAConfig", **GRANITE, **LOCAL_MOE, **SLIDING, shared_intermediate_size=48)),
-    Architecture("PhiMoEForCausalLM", "Phi-3.5-MoE", of("PhimoeConfig", **LOCAL_MOE, router_jitter_noise=0.0)),
+    Architecture("PhiMoEForCausalLM", "Phi-3.5-MoE", of("PhimoeConfig", **LOCAL_MOE)),
     Architecture("StableLmForCausalLM", "StableLM 2, StableLM-3B-4E1T, Stable Code",
                  of("StableLmConfig", use_qkv_bias=True, **default_rope(partial_rotary_factor=0.25))),
     Architecture("FalconForCausalLM", "Falcon 7B, 11B, 40B, 180B",
-                 of("FalconConfig", new_decoder_architecture=True, num_kv_heads=2)),
-    Architecture("FalconForCausalLM", "Falcon-RW", of("FalconConfig", alibi=True), variant="ALiBi"),
+                 of("FalconConfig", "head_dim", new_decoder_architecture=True, num_kv_heads=2)),
+    Architecture("FalconForCausalLM", "Falcon-RW", of("FalconConfig", "head_dim", alibi=True), variant="ALiBi"),
     Architecture("GPTNeoXForCausalLM", "Pythia, GPT-NeoX-20B, Dolly v2",
                  of("GPTNeoXConfig", **default_rope(partial_rotary_factor=0.25))),
     Architecture("GPTJForCausalLM", "GPT-J-6B",
                  of("GPTJConfig", "num_key_value_heads", "head_dim", rotary_dim=16, n_inner=96)),
     Architecture("NemotronForCausalLM", "Nemotron-4, Minitron", of("NemotronConfig")),
     Architecture("Starcoder2ForCausalLM", "StarCoder2", of("Starcoder2Config", sliding_window=None)),
-    Architecture("Cohere2ForCausalLM", "Command R7B, Command A, Aya Expanse 2", of("Cohere2Config", **SLIDING)),
+    Architecture("Cohere2ForCausalLM", "Command R7B, Command A", of("Cohere2Config", **SLIDING), **ONE_MORE),
     Architecture("Cohere2MoeForCausalLM", "Command MoE",
-                 of("Cohere2MoeConfig", **SLIDING, num_experts=4, num_experts_per_tok=2)),
+                 of("Cohere2MoeConfig", **SLIDING, num_experts=4, num_experts_per_tok=2), **ONE_MORE),
     Architecture("SmolLM3ForCausalLM", "SmolLM3", of("SmolLM3Config", no_rope_layers=[1, 0, 1])),
-    Architecture("Exaone4ForCausalLM", "EXAONE 4.0 1.2B", of("Exaone4Config", sliding_window=None),
+    Architecture("Exaone4ForCausalLM", "EXAONE 4.0 1.2B", of("Exaone4Config", sliding_window=None, layer_types=[FULL] * 3),
                  variant="without sliding windows"),
     Architecture("Exaone4ForCausalLM", "EXAONE 4.0 32B", of("Exaone4Config", **SLIDING)),
     Architecture("ExaoneMoeForCausalLM", "K-EXAONE",
                  of("ExaoneMoeConfig", **SLIDING, **MOE, num_shared_experts=1, n_group=1, topk_group=1,
                     mlp_layer_types=["dense", "sparse", "sparse"])),
     Architecture("Llama4ForCausalLM", "Llama 4 without chunked attention",
-                 of("Llama4TextConfig", **LLAMA4, attention_chunk_size=None), variant="no chunks"),
+                 of("Llama4TextConfig", **LLAMA4, attention_chunk_size=None), variant="no chunks",
+                 oracle={"attention_chunk_size": 4096, "layer_types": [FULL] * 3}),
     Architecture("Llama4ForCausalLM", "Llama 4 Scout, Maverick",
                  of("Llama4TextConfig", **LLAMA4, attention_chunk_size=32)),
-    Architecture("MiniMaxM2ForCausalLM", "MiniMax-M2", of("MiniMaxM2Config", **LOCAL_MOE, **HALF_ROPE)),
+    Architecture("MiniMaxM2ForCausalLM", "MiniMax-M2", of("MiniMaxM2Config", **LOCAL_MOE, rotary_dim=16)),
     Architecture("Glm4MoeForCausalLM", "GLM-4.5, 4.6, 4.7, GLM-4.5-Air",
                  of("Glm4MoeConfig", **ROUTED_MOE, **HALF_ROPE, use_qk_norm=True, num_mtp_layers=0)),
     Architecture("GlmForCausalLM", "GLM-4-9B-hf, GLM-Edge", of("GlmConfig", **HALF_ROPE)),
@@ -243,12 +255,13 @@ ARCHITECTURES: list[Architecture] = [
     Architecture("VaultGemmaForCausalLM", "VaultGemma 1B",
                  of("VaultGemmaConfig", **SLIDING, query_pre_attn_scalar=32)),
     Architecture("AfmoeForCausalLM", "Trinity Nano, Mini, Large",
-                 of("AfmoeConfig", **SLIDING, **MOE, num_shared_experts=1)),
+                 of("AfmoeConfig", **SLIDING, **MOE, num_shared_experts=1, score_func="sigmoid", route_norm=True,
+                    n_group=1, topk_group=1)),
     Architecture("DbrxForCausalLM", "DBRX", of("DbrxConfig", "head_dim", "num_key_value_heads", "intermediate_size",
                  attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
                  ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 128})),
-    Architecture("HrmTextForCausalLM", "HRM-Text", of("HrmTextConfig")),
-    Architecture("HYV3ForCausalLM", "Hunyuan 3", of("HYV3Config", **MOE, num_shared_experts=1,
+    Architecture("HrmTextForCausalLM", "HRM-Text", of("HrmTextConfig", prefix_lm=False)),
+    Architecture("HYV3ForCausalLM", "Hunyuan 3", of("HYV3Config", **MOE, num_shared_experts=1, first_k_dense_replace=1,
                  mlp_layer_types=["dense", "sparse", "sparse"])),
     Architecture("HyperCLOVAXForCausalLM", "HyperCLOVA X SEED Think", of("HyperCLOVAXConfig", **GRANITE)),
     Architecture("LagunaForCausalLM", "Laguna",
@@ -381,7 +394,7 @@ ARCHITECTURES: list[Architecture] = [
                  engine=IMAGES_ALONE),
     Architecture("Cohere2VisionForConditionalGeneration", "Command A Vision",
                  beside("Cohere2VisionConfig", of("Cohere2Config", **SLIDING), SIGLIP, alignment_intermediate_size=64),
-                 engine=IMAGES_ALONE),
+                 engine=IMAGES_ALONE, **ONE_MORE),
     Architecture("AriaForConditionalGeneration", "Aria",
                  beside("AriaConfig", of("AriaTextConfig", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
                         {"model_type": "idefics3_vision", **VISION}), engine=IMAGES_ALONE),

@@ -162,6 +162,8 @@ def random_model(
                 parameter.normal_(3.0, 1.0)
             elif "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+            elif name.endswith(("act_fn.alpha_p", "act_fn.alpha_n")):  # xIELU's, for which vLLM has bfloat16
+                parameter.copy_(parameter.bfloat16())
     return model
 
 
