@@ -231,7 +231,9 @@ def run(architecture: Architecture, log: Path) -> Result:
         try:
             greatest = in_process(log, hold, architecture.title, for_oracle, found, True)
         except StepError as error:
-            return result("differs", str(error), stock=_stock(architecture.title, checkpoint, for_oracle, log), model=model)
+            return result(
+                "differs", str(error), stock=_stock(architecture.title, checkpoint, for_oracle, log), model=model
+            )
         return result("proved", model=model, greatest=greatest)
 
 
@@ -308,7 +310,9 @@ def docs(results: list[Result]) -> str:
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Architectures; all if none is named.")] = None,
-    json_file: Annotated[Path, typer.Option("--json", help="Results, a line a row; rows run again are replaced.")] = RESULTS,
+    json_file: Annotated[
+        Path, typer.Option("--json", help="Results, a line a row; rows run again are replaced.")
+    ] = RESULTS,
     write_docs: Annotated[bool, typer.Option("--docs", help=f"Write {DOCS} from the results.")] = False,
     only: Annotated[str, typer.Option(help="'missing': run what has no result; 'unproved': what is not proved.")] = "",
     log: Annotated[Path | None, typer.Option(help="Where what the processes say goes; else it is dropped.")] = None,

@@ -86,9 +86,7 @@ def _outputs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) ->
     with oracle.within(model), torch.inference_mode():
         for tokens in sequences:
             oracle.shared.clear()
-            yield model(
-                input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True, return_dict=True
-            )
+            yield model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True, return_dict=True)
 
 
 def _interface(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
