@@ -47,8 +47,8 @@ def _unsupported_reason(layer: Attention) -> str | None:
     """Why a layer cannot be served, whether it groups positions or not; None if it can."""
     if type(layer) not in (Attention, ChunkedLocalAttention):
         return (
-            f"is a {type(layer).__name__}. Self-Extend knows vLLM's Attention and ChunkedLocalAttention; others keep other "
-            "keys, or let tokens see others than those before them."
+            f"is a {type(layer).__name__}. Self-Extend knows vLLM's Attention and ChunkedLocalAttention; others keep "
+            "other keys, or let tokens see others than those before them."
         )
     if layer.head_size_v != layer.head_size:
         return f"has keys of {layer.head_size} and values of {layer.head_size_v} dimensions; they must have the same."
