@@ -24,6 +24,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import benchmarks.torchvision_on_cpu  # noqa: F401, I001 (before vLLM)
 import rich.box
 import torch
 import transformers
@@ -46,12 +47,13 @@ DOCS = Path("docs/models.md")
 SECONDS = 120
 """How long a step may take."""
 
-REFUSAL = "Self-Extend cannot serve"
+REFUSALS = ("Self-Extend cannot serve", "Self-Extend (attention backend CUSTOM) cannot run")
 STATES_TOLERANCE = 1e-4
 """Of a normalised state's numbers, and of a class's probability."""
 
 BY_TITLE = {one.title: one for one in ARCHITECTURES}
 PRELOADED = [
+    "benchmarks.torchvision_on_cpu",
     "tests.engine.conftest",
     "tests.engine.architectures",
     "vllm.v1.engine.llm_engine",
@@ -138,12 +140,16 @@ def _child(sender: Connection, log: Path, step: Callable[..., Any], args: tuple[
 def _innermost(error: BaseException) -> str:
     """The error that says what is wrong, of those that it came with."""
     found = error
-    while (cause := found.__cause__ or found.__context__) is not None and REFUSAL not in str(found):
+    while (cause := found.__cause__ or found.__context__) is not None and not _is_refusal(str(found)):
         found = cause
     lines = [line.strip() for line in str(found).splitlines() if line.strip()]
-    pydantic = [line for line in lines if REFUSAL in line or line.startswith("Value error, ")]
+    pydantic = [line for line in lines if _is_refusal(line) or line.startswith("Value error, ")]
     code = traceback.extract_tb(found.__traceback__)[-1].line if found.__traceback__ else ""
-    return f"{type(found).__name__}: {(pydantic or lines or [code])[0]}"
+    return f"{type(found).__name__}: {(pydantic or lines or [code])[0].split(' [type=')[0]}"
+
+
+def _is_refusal(message: str) -> bool:
+    return any(refusal in message for refusal in REFUSALS)
 
 
 def save(title: str, folder: Path) -> tuple[str, str]:
@@ -156,7 +162,7 @@ def serve(title: str, checkpoint: str, extended: bool) -> tuple[str, list[Any]]:
     group_size, window, max_model_len = architecture.numbers
     settings: dict[str, Any] = {**ENGINE_DEFAULTS, "max_num_batched_tokens": 256, **architecture.engine}
     if architecture.task != "generate":
-        settings["runner"] = "pooling"
+        settings |= {"runner": "pooling", "skip_tokenizer_init": False}
     if extended:
         numbers = {"group_size": group_size, "neighbor_window": window, "exact_short": True}
         settings |= {
@@ -224,8 +230,8 @@ def run(architecture: Architecture, log: Path) -> Result:
         except StepError as error:
             reason = str(error)
             stock = _stock(architecture.title, checkpoint, for_oracle, log)
-            if REFUSAL in reason:
-                reason = reason[reason.index(REFUSAL) :].replace(checkpoint, "it")
+            if _is_refusal(reason):
+                reason = reason[reason.index("Self-Extend") :].replace(checkpoint, "it")
                 return result("refused", reason, stock=stock)
             return result("not runnable", reason.replace(folder, "FOLDER"), stock=stock)
         try:
@@ -263,7 +269,7 @@ def outcome(result: Result) -> str:
     if result.status == "proved":
         through = " through vLLM's Transformers backend" if result.model.startswith("Transformers") else ""
         return f"**proved**{through}"
-    reason = result.reason.removeprefix(f"{REFUSAL} it: ")
+    reason = result.reason.removeprefix("Self-Extend cannot serve it: ")
     if result.status == "refused":
         agrees = "" if result.stock == "as transformers" else f" (stock vLLM {result.stock})" if result.stock else ""
         return f"refused: {reason}{agrees}"

@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .models import CONFIGS, SHAPE, TRAINED_LENGTH, random_model
+from .models import CONFIGS, SHAPE, random_model, save_tokenizer
 
 WIDE: dict[str, Any] = {**SHAPE, "hidden_size": 128}
 """Heads of 32 dimensions also where these are the hidden size's share."""
@@ -48,7 +48,7 @@ GATED_DELTA = {
     "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4
 }  # fmt: skip
 MAMBA = {
-    "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16
+    "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 256
 }  # fmt: skip
 MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32}
 GEMMA4 = {
@@ -131,6 +131,7 @@ class Architecture:
         model = random_model(self.config(), seed=len(self.title), make=make)
         path, for_oracle = folder / "checkpoint", folder / "oracle"
         (model.base_model if self.base else model).save_pretrained(path)
+        save_tokenizer(path)
         config_file = path / "config.json"
         config = json.loads(config_file.read_text()) | {"architectures": [self.name]}
         config_file.write_text(json.dumps(config))
@@ -281,7 +282,7 @@ ARCHITECTURES: list[Architecture] = [
                  of("OlmoHybridConfig", **GATED_DELTA, **default_rope())),
     Architecture("Lfm2ForCausalLM", "LFM2 350M to 2.6B",
                  of("Lfm2Config", layer_types=["conv", FULL, "conv", FULL], num_hidden_layers=4,
-                    block_multiple_of=32, block_auto_adjust_ff_dim=False)),
+                    block_multiple_of=32, block_auto_adjust_ff_dim=False, conv_dim=128, block_dim=128)),
     Architecture("Lfm2MoeForCausalLM", "LFM2-8B-A1B",
                  of("Lfm2MoeConfig", **MOE, layer_types=["conv", FULL, "conv", FULL], num_hidden_layers=4,
                     num_dense_layers=1)),
@@ -297,13 +298,13 @@ ARCHITECTURES: list[Architecture] = [
     Architecture("Zamba2ForCausalLM", "Zamba2 1.2B, 2.7B, 7B",
                  of("Zamba2Config", "head_dim", layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
                     num_hidden_layers=4, num_mem_blocks=1, use_mem_rope=True, mamba_d_state=16, n_mamba_heads=8,
-                    mamba_headdim=32, chunk_size=16, num_key_value_heads=4, use_mamba_kernels=False)),
+                    mamba_headdim=32, chunk_size=256, num_key_value_heads=4, use_mamba_kernels=False)),
     Architecture("JambaForCausalLM", "Jamba 1.5, 1.6, 1.7, Jamba Reasoning",
                  of("JambaConfig", num_experts=4, num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
                     use_mamba_kernels=False)),
     Architecture("NemotronHForCausalLM", "Nemotron-H, Nemotron Nano 2 and 3",
                  of("NemotronHConfig", "num_hidden_layers", layers_block_type=["mamba", "attention", "moe"],
-                    ssm_state_size=16, mamba_num_heads=8, mamba_head_dim=32, n_groups=1, chunk_size=16,
+                    ssm_state_size=16, mamba_num_heads=8, mamba_head_dim=32, n_groups=1, chunk_size=256,
                     n_routed_experts=4, moe_intermediate_size=48, moe_shared_expert_intermediate_size=48,
                     use_mamba_kernels=False)),
     # The gated models of Google's.
@@ -404,7 +405,7 @@ ARCHITECTURES: list[Architecture] = [
                          "projector_input_dim": 32, "projector_output_dim": 32}), engine=IMAGES_ALONE),
     Architecture("Lfm2VlForConditionalGeneration", "LFM2-VL",
                  beside("Lfm2VlConfig", of("Lfm2Config", layer_types=["conv", FULL, "conv"], block_multiple_of=32,
-                        block_auto_adjust_ff_dim=False), {"model_type": "siglip2_vision_model", **VISION,
+                        block_auto_adjust_ff_dim=False, conv_dim=128, block_dim=128), {"model_type": "siglip2_vision_model", **VISION,
                         "num_patches": 16}, projector_hidden_size=64), engine=IMAGES_ALONE),
     Architecture("Qwen2VLForConditionalGeneration", "Qwen2-VL",
                  beside("Qwen2VLConfig", of("Qwen2VLTextConfig", **AXES),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -23,12 +24,15 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
 TRAINED_LENGTH = 64
 VOCAB_SIZE = 160
+DIGITS = range(10, 20)
+"""The tokens that `save_tokenizer` calls "0" to "9"."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -165,6 +169,15 @@ def random_model(
             elif name.endswith(("act_fn.alpha_p", "act_fn.alpha_n")):  # xIELU's, for which vLLM has bfloat16
                 parameter.copy_(parameter.bfloat16())
     return model
+
+
+def save_tokenizer(path: Path) -> None:
+    """Put a tokenizer beside a model: a word a token, the digits, and names that no pattern of digits has."""
+    words = [f"<{token}>" for token in range(VOCAB_SIZE)]
+    words[DIGITS.start : DIGITS.stop] = "0123456789"
+    tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="<2>"))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>").save_pretrained(path)
 
 
 def save_random_adapter(name: str, folder: Path, seed: int = 1) -> str:
