@@ -89,12 +89,6 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
-        for name, layer in zip(layer_names, layers, strict=True):
-            if layer.head_size_v != layer.head_size:
-                raise ValueError(
-                    f"Self-Extend cannot serve {vllm_config.model_config.model}: {name} has keys of {layer.head_size} "
-                    f"and values of {layer.head_size_v} dimensions; they must have the same."
-                )
         sizes = [
             layer.impl.kernels.workspace_size(layer.impl.num_heads, layer.impl.num_kv_heads, layer.head_size, device)
             for layer in layers
@@ -168,16 +162,18 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.plan = read_plan(get_current_vllm_config())
         self.kernels: Kernels = load_kernels(self.plan.kernel)
         self.rotation: Rotation | None = None
+        self.is_bound = False
         self.params: AttentionParams | None = None
 
     @property
     def extends(self) -> bool:
-        """Whether this layer groups positions."""
+        """Whether this layer groups positions if it has a rotation."""
         return self.plan.group_size > 1 and self.sliding_window is None
 
-    def bind(self, plan: ExtensionPlan, rotation: Rotation) -> None:
-        """Give a layer that groups positions its numbers and its rotation; called once the model is loaded."""
+    def bind(self, plan: ExtensionPlan, rotation: Rotation | None) -> None:
+        """Give a layer its numbers and its rotation, once the model is loaded. With no rotation it groups nothing."""
         self.plan, self.rotation = plan, rotation
+        self.is_bound = True
         self.params = None
 
     def warm_up(self, layer: AttentionLayer, dtype: torch.dtype) -> None:
@@ -194,15 +190,16 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         return self.params
 
     def _make_params(self, layer: AttentionLayer) -> AttentionParams:
-        if self.extends and self.rotation is None:
+        if self.extends and not self.is_bound:
             raise RuntimeError(f"{layer} was not bound to its rotation after the model was loaded.")
+        is_grouped = self.rotation is not None
         is_quantized = self.kv_cache_dtype.startswith("fp8")
         return AttentionParams(
             scale=self.scale,
-            group_size=self.plan.group_size if self.extends else 1,
+            group_size=self.plan.group_size if is_grouped else 1,
             neighbor_window=self.plan.neighbor_window,
             exact_len=self.plan.exact_len,
-            log_scale_len=self.plan.log_scale_len if self.sliding_window is None else 0,
+            log_scale_len=self.plan.log_scale_len if is_grouped else 0,
             soft_cap=self.soft_cap,
             sliding_window=self.sliding_window or 0,
             rotation=self.rotation,

@@ -5,18 +5,22 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.distributed.parallel_state import get_pp_group
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
 from .attention import SelfExtendImpl
 from .backends.interface import Rotation, num_rotation_steps
 from .config import SelfExtendConfig
-from .plan import ExtensionPlan, read_plan, write_plan
-from .rotary import cos_sin
-from .rotary_modules import is_vllm_rotary, lengthen_tables, transformers_rotation, vllm_rotation
-from .rotation_probe import ModelRotation
+from .layer_probe import QueryAndKey, queries_and_keys, rotation_of
+from .plan import read_plan, write_plan
+from .rotary import Frequencies, cos_sin
+from .rotary_modules import is_vllm_rotary, lengthen_tables, transformers_frequencies, vllm_frequencies
+from .rotation_probe import probe_positions
 
 
 def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
@@ -26,17 +30,14 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
         ValueError: A layer's rotation cannot be told or is not what the config says.
 
     """
-    plan = read_plan(vllm_config)
-    # Probing a model's rotary code may make vLLM's custom ops, which ask for the current config.
+    # Running a model may make vLLM's custom ops, which ask for the current config.
     with set_current_vllm_config(vllm_config):
         # A stage of a pipeline may have nothing but layers with sliding windows, and so may a draft.
         is_whole = vllm_config.parallel_config.pipeline_parallel_size == 1
-        # Not the weights' device: those may be offloaded.
-        device = model_runner.device
-        bind_model(model_runner.get_model(), vllm_config.model_config, plan, device, must_extend=is_whole)
+        bind_model(model_runner.get_model(), vllm_config.model_config, model_runner, vllm_config, must_extend=is_whole)
         if (draft := model_runner.get_draft_model()) is not None:
             draft_config = vllm_config.speculative_config.draft_model_config
-            bind_model(draft, draft_config, plan, device, must_extend=False)
+            bind_model(draft, draft_config, model_runner, vllm_config, must_extend=False)
 
 
 def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, neighbor_window: int) -> None:
@@ -64,41 +65,95 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, 
 
 
 def bind_model(
-    model: nn.Module, model_config: ModelConfig, plan: ExtensionPlan, device: torch.device, *, must_extend: bool
+    model: nn.Module, model_config: ModelConfig, model_runner: Any, vllm_config: VllmConfig, *, must_extend: bool
 ) -> None:
-    """Check and lengthen every rotary table of `model`, and give each full-attention layer its rotation on `device`.
+    """Check and lengthen every rotary table of `model`, and tell each full-attention layer how it is rotated.
 
-    With `must_extend`, a model without such a layer is refused.
+    With `must_extend`, a model of which no layer groups positions is refused.
     """
-    name, config = model_config.model, model_config.hf_text_config
-    known: dict[int, ModelRotation] = {}
-    for path, module in model.named_modules():
-        if is_vllm_rotary(module) and id(module) not in known:
-            with _naming(name, path):
-                known[id(module)] = vllm_rotation(module, config)
-            lengthen_tables(module, known[id(module)].frequencies, plan.max_model_len)
+    name, plan = model_config.model, read_plan(vllm_config)
+    layers = dict(_attention_layers(model))
+    known = _known_frequencies(model, model_config, plan.max_model_len)
+    positions = probe_positions(plan.max_model_len)
+    probed = _probe(model, layers, positions, model_config, model_runner, vllm_config)
     num_steps = num_rotation_steps(plan.max_model_len, plan.group_size, plan.neighbor_window)
+    # Not the weights' device: those may be offloaded.
+    device = model_runner.device
     tables: dict[bytes, torch.Tensor] = {}
-    bound = 0
-    for path, block, layer in _attention_layers(model):
+    for path, layer in layers.items():
         with _naming(name, path):
-            beside = {id(child) for child in block.children() if is_vllm_rotary(child)}
-            if not _uses_rope(block) or len(beside) > 1:
-                raise ValueError("this layer uses no rotary embedding, or one that cannot be told.")
-            if beside:
-                rotation = known[beside.pop()]
-            else:
-                rotation = transformers_rotation(model, block, config, plan.max_model_len)
+            if path not in probed:
+                raise ValueError("the model does not use this layer, so how it is rotated cannot be told.")
+            rotation = rotation_of(*probed[path], positions, known)
+        if rotation is None or isinstance(layer, ChunkedLocalAttention):
+            layer.impl.bind(plan, None)
+            continue
         key = rotation.frequencies.numpy().tobytes()
         if key not in tables:
             tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(device)
         layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved))
-        bound += 1
-    if bound == 0 and must_extend:
-        raise ValueError(
-            f"Self-Extend cannot serve {name}: none of its attention layers sees the whole context, so there is "
-            "nothing to extend. If they use a sliding window, add --disable-sliding-window."
+    if not tables and must_extend:
+        raise ValueError(f"Self-Extend cannot serve {name}: {_nothing_to_extend(layers)}")
+
+
+def _nothing_to_extend(layers: dict[str, Attention]) -> str:
+    if not layers:
+        return (
+            "none of its attention layers sees the whole context, so there is nothing to extend. If they use a sliding "
+            "window, add --disable-sliding-window."
         )
+    return (
+        "its layers with RoPE see a part of the context only (a window or a chunk), and those that see all of it have "
+        "no RoPE. No position leaves the trained range, so there is nothing to extend: without Self-Extend vLLM "
+        "computes the same, and takes a longer --max-model-len with VLLM_ALLOW_LONG_MAX_MODEL_LEN=1."
+    )
+
+
+def _known_frequencies(model: nn.Module, model_config: ModelConfig, length: int) -> list[Frequencies]:
+    """The frequencies of all rotary modules, each once and checked; the tables of vLLM's are lengthened."""
+    config = model_config.hf_text_config
+    found: dict[bytes, Frequencies] = {}
+    for path, module in model.named_modules():
+        with _naming(model_config.model, path):
+            if is_vllm_rotary(module):
+                frequencies = vllm_frequencies(module, config)
+                lengthen_tables(module, frequencies, length)
+                several = [frequencies]
+            else:
+                several = transformers_frequencies(module, config)
+        found.update((frequencies.numpy().tobytes(), frequencies) for frequencies in several)
+    return list(found.values())
+
+
+def _probe(
+    model: Any,
+    layers: dict[str, Attention],
+    positions: torch.Tensor,
+    model_config: ModelConfig,
+    model_runner: Any,
+    vllm_config: VllmConfig,
+) -> dict[str, QueryAndKey]:
+    """What `queries_and_keys` finds for a token at each of the positions."""
+    if not layers:
+        return {}
+    num_tokens, device = len(positions), model_runner.device
+
+    def run() -> None:
+        given = positions.to(device)
+        intermediate = None
+        if not get_pp_group().is_first_rank:
+            intermediate = model.make_empty_intermediate_tensors(num_tokens, model_config.dtype, device)
+        with (
+            model_runner.maybe_select_dummy_loras(vllm_config.lora_config, np.array([num_tokens], dtype=np.int32)),
+            set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
+        ):
+            model(
+                input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=device),
+                positions=given.expand(3, -1) if model_config.uses_mrope else given,
+                intermediate_tensors=intermediate,
+            )
+
+    return queries_and_keys(model, layers, model_config.get_hidden_size(), run)
 
 
 @contextlib.contextmanager
@@ -110,15 +165,8 @@ def _naming(model_name: str, path: str) -> Iterator[None]:
         raise ValueError(f"Self-Extend cannot serve {model_name}: {path}: {error}") from error
 
 
-def _attention_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Attention]]:
-    """Each layer that groups positions: its path, its parent and itself."""
-    for path, block in model.named_modules():
-        for name, child in block.named_children():
-            if isinstance(child, Attention) and isinstance(child.impl, SelfExtendImpl) and child.impl.extends:
-                yield f"{path}.{name}", block, child
-
-
-def _uses_rope(attention_block: nn.Module) -> bool:
-    """False for a block that vLLM's model code marks as one without RoPE, though it may hold a rotary module."""
-    flags = [getattr(attention_block, name, True) for name in ("use_rope", "_use_rope", "force_rope")]
-    return all(flag is not False for flag in flags) and not getattr(attention_block, "nope", False)
+def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Attention]]:
+    """Each layer that may group positions, by its path."""
+    for path, module in model.named_modules():
+        if isinstance(module, Attention) and isinstance(module.impl, SelfExtendImpl) and module.impl.extends:
+            yield path, module

@@ -5,7 +5,6 @@ compute them for the positions at hand. Either way a rotation is taken only if i
 names.
 """
 
-import sys
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotary
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from .rotary import Frequencies, cos_sin, inverse_frequencies, rope_parameters
-from .rotation_probe import ModelRotation, angle_error, matching_rotation, probe_positions, rotation_rows
+from .rotation_probe import angle_error, probe_positions, rotation_rows
 
 # The longrope module keeps both its tables in one and is not a RotaryEmbeddingBase.
 _VLLM_CLASSES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
@@ -26,8 +25,8 @@ def is_vllm_rotary(module: nn.Module) -> bool:
     return isinstance(module, _VLLM_CLASSES)
 
 
-def vllm_rotation(module: nn.Module, hf_text_config: Any) -> ModelRotation:
-    """The rotation of one of vLLM's modules: the config's set of RoPE parameters that its table was made with.
+def vllm_frequencies(module: nn.Module, hf_text_config: Any) -> Frequencies:
+    """What one of vLLM's modules rotates by: the config's set of RoPE parameters that its table was made with.
 
     Raises:
         ValueError: There is none.
@@ -43,8 +42,7 @@ def vllm_rotation(module: nn.Module, hf_text_config: Any) -> ModelRotation:
     for rope in rope_parameters(hf_text_config):
         frequencies = inverse_frequencies(rope, table.shape[1])
         if bool(((rows / scaling - rotation_rows(frequencies, positions)).abs() <= allowed).all()):
-            # Only GPT-NeoX pairs exist for longrope, whose module has no such attribute.
-            return ModelRotation(frequencies, interleaved=not getattr(module, "is_neox_style", True))
+            return frequencies
     raise ValueError(_mismatch(module, hf_text_config))
 
 
@@ -62,41 +60,28 @@ def lengthen_tables(module: nn.Module, frequencies: Frequencies, length: int) ->
         setattr(module, name, torch.cat([table, more.to(table.device, table.dtype)]))
 
 
-def transformers_rotation(
-    model: nn.Module, attention_block: nn.Module, hf_text_config: Any, length: int
-) -> ModelRotation:
-    """The rotation of a layer of a model that runs through vLLM's Transformers backend, found by rotating a probe.
+def transformers_frequencies(module: nn.Module, hf_text_config: Any) -> list[Frequencies]:
+    """What one of transformers' rotary modules rotates by: a set of frequencies, or one for each kind of layer.
 
-    Args:
-        model: The whole model, which holds the rotary module.
-        attention_block: The layer's attention module; its source file defines `apply_rotary_pos_emb`.
-        hf_text_config: The model's config.
-        length: Positions up to `length - 1` are to be served.
+    Empty if the module is none.
 
     Raises:
-        ValueError: The rotation cannot be told, or is none that the config names.
+        ValueError: The config names no such frequencies, or they change with the batch.
 
     """
-    apply_rotary = getattr(sys.modules[type(attention_block).__module__], "apply_rotary_pos_emb", None)
-    rotary = next(
-        (m for name, m in model.named_modules() if name.endswith("rotary_emb") and hasattr(m, "inv_freq")), None
-    )
-    if apply_rotary is None or rotary is None:
-        raise ValueError("beside it there is no rotary embedding of a kind Self-Extend knows.")
+    tables = [buffer for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
     ropes = list(rope_parameters(hf_text_config))
-    if any(rope.get("rope_type") == "longrope" for rope in ropes):
+    if tables and any(rope.get("rope_type") == "longrope" for rope in ropes):
         raise ValueError("transformers chooses longrope's factors anew for every batch, and cached keys keep theirs.")
-    positions = probe_positions(length)
-    device = rotary.inv_freq.device
-    cos, sin = rotary(torch.zeros(1, device=device, dtype=torch.float32), positions[None].to(device))
-    rotary_dim = cos.shape[-1]
-    probe = torch.randn(len(positions), rotary_dim, generator=torch.Generator().manual_seed(0))
-    turned, _ = apply_rotary(*[probe[None, None].to(device)] * 2, cos, sin)
-    got = turned[0, 0] / getattr(rotary, "attention_scaling", 1.0)
-    candidates = [inverse_frequencies(rope, rotary_dim) for rope in ropes]
-    found = matching_rotation(probe, got, positions, candidates)
-    if found is None:
-        raise ValueError(_mismatch(rotary, hf_text_config))
+    found = []
+    for table in tables:
+        frequencies = table.to("cpu", torch.float32)
+        if not any(
+            torch.allclose(inverse_frequencies(rope, 2 * len(table)), frequencies, rtol=1e-5, atol=0.0)
+            for rope in ropes
+        ):
+            raise ValueError(_mismatch(module, hf_text_config))
+        found.append(frequencies)
     return found
 
 

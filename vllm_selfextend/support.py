@@ -10,10 +10,6 @@ from .backends import choose_kernels
 from .plan import CONFIG_KEY, ExtensionPlan
 from .rotary import SUPPORTED_ROPE_TYPES, rope_parameters, unsupported_rope_type
 
-NOPE_CONFIG_KEYS = ("no_rope_layers", "no_rope_layer_interval", "use_rope_layers", "layer_rope_theta")
-NOPE_MODEL_TYPES = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe", "llama4_text", "olmo_hybrid")
-"""Architectures with layers that have no RoPE among layers that have it (vLLM 0.32, `model_executor/models`)."""
-
 PARALLEL_DRAFT_METHODS = ("dflash", "dspark")
 """`precompute_and_store_context_kv` in vLLM 0.32's `model_executor/models/qwen3_dflash.py` and those built on it."""
 
@@ -108,8 +104,13 @@ def _model_reason(model_config: ModelConfig, plan: ExtensionPlan) -> str | None:
         return "it has no attention layers."
     if model_config.use_mla:
         return "it uses multi-head latent attention (MLA), whose cache holds compressed keys that cannot be re-rotated."
-    if model_config.uses_mrope or getattr(model_config, "uses_xdrope_dim", 0):
-        return "its RoPE has several position axes (M-RoPE), and Self-Extend groups one."
+    if getattr(model_config, "uses_xdrope_dim", 0):
+        return "its RoPE has several position axes (XD-RoPE), and Self-Extend groups one."
+    if model_config.uses_mrope and model_config.supports_multimodal_inputs:
+        return (
+            "its RoPE has several position axes (M-RoPE), which differ in images and videos, and it groups one. "
+            "To serve texts alone, where they are equal, tell vLLM: --language-model-only."
+        )
     if getattr(config, "dual_chunk_attention_config", None):
         return "it uses dual chunk attention, which re-maps positions by itself."
     if _uses_alibi(config):
@@ -120,11 +121,6 @@ def _model_reason(model_config: ModelConfig, plan: ExtensionPlan) -> str | None:
     for one in parameters:
         if (rope_type := one.get("rope_type", "default")) not in SUPPORTED_ROPE_TYPES:
             return unsupported_rope_type(rope_type)
-    for key in NOPE_CONFIG_KEYS:
-        if getattr(config, key, None):
-            return f"some of its layers have no RoPE ({key} in its config), and which ones is not known to Self-Extend."
-    if config.model_type in NOPE_MODEL_TYPES:
-        return f"some layers of a {config.model_type} model have no RoPE, and which ones is not known to Self-Extend."
     return _sliding_reason(model_config, plan)
 
 

@@ -1,5 +1,6 @@
 """What Self-Extend adds to vLLM's workers, whatever they run on: what a loaded model needs before it serves."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.model_executor.layers.attention import Attention
@@ -18,15 +19,26 @@ class SelfExtendWorker:
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, and give its layers their rotations."""
         super().load_model(**kwargs)  # type: ignore[misc]
+        for layer in self._layers():
+            if layer.head_size_v != layer.head_size:
+                raise ValueError(
+                    f"Self-Extend cannot serve {self.vllm_config.model_config.model}: {layer.layer_name} has keys of "
+                    f"{layer.head_size} and values of {layer.head_size_v} dimensions; they must have the same."
+                )
         if read_plan(self.vllm_config).group_size > 1:
             bind_models(self.model_runner, self.vllm_config)
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile the layers' kernels, the draft model's too, so that no request waits for that."""
+        for layer in self._layers():
+            layer.impl.warm_up(layer, self.vllm_config.model_config.dtype)
+        return super().compile_or_warm_up_model()  # type: ignore[misc]
+
+    def _layers(self) -> Iterator[Attention]:
+        """The model's and its draft's attention layers, with a sliding window or not."""
         for layer in self.vllm_config.compilation_config.static_forward_context.values():
             if isinstance(layer, Attention) and isinstance(layer.impl, SelfExtendImpl):
-                layer.impl.warm_up(layer, self.vllm_config.model_config.dtype)
-        return super().compile_or_warm_up_model()  # type: ignore[misc]
+                yield layer
 
     def change_numbers(self, group_size: int, neighbor_window: int) -> None:
         """Go on with other numbers; called through vLLM's `collective_rpc`. See `binding.change_numbers`."""

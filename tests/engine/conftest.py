@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -12,8 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.stand_ins import use_stand_ins
+
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+if importlib.util.find_spec("torchvision") is None:  # before transformers looks
+    use_stand_ins()
 
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory

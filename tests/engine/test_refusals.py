@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.interface import DeviceCapability
 
 import vllm_selfextend.backends as backends
-from vllm_selfextend import binding, engine_args, plugin, rotary_modules, support
+from vllm_selfextend import engine_args, plugin, rotary_modules, support
 from vllm_selfextend.plan import read_plan
 from vllm_selfextend.planning import plan_report
 from vllm_selfextend.rotary import inverse_frequencies
@@ -44,8 +44,16 @@ REFUSED = {
         r"its RoPE is 'dynamic' \(dynamic NTK\): the frequencies move with the length",
     ),
     "M-RoPE": (
-        {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
-        r"its RoPE has several position axes \(M-RoPE\)",
+        {
+            "model_type": "qwen2_vl",
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "text_config": {
+                **SHAPE,
+                "model_type": "qwen2_vl_text",
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+            },
+        },
+        r"its RoPE has several position axes \(M-RoPE\).*To serve texts alone, .*: --language-model-only",
     ),
     "ALiBi": (
         {
@@ -84,10 +92,6 @@ REFUSED = {
             "v_head_dim": 16,
         },
         r"it uses multi-head latent attention \(MLA\)",
-    ),
-    "layers without RoPE": (
-        {**SHAPE, "model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"], "sliding_window": 16},
-        "some layers of a cohere2 model have no RoPE",
     ),
     "head sizes that the kernels do not take": (
         {**LLAMA, "head_dim": 24},
@@ -284,9 +288,29 @@ def test_a_wrong_rotation_cannot_serve(checkpoint: Callable, monkeypatch: pytest
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
 
 
-def test_a_layer_without_a_rotary_module_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(binding, "_uses_rope", lambda block: False)
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.attn: this layer uses no rotary embedding"):
+@pytest.mark.parametrize("changed", ["query", "key"])
+def test_vectors_changed_after_their_rotation_cannot_serve(
+    changed: str, checkpoint: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the norms with weights in HunYuan, which come after the rotation."""
+
+    def forward(self: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        vectors = {"query": query, "key": key}
+        size = vectors[changed].shape[-1]
+        vectors[changed] = vectors[changed] * torch.linspace(0.5, 1.5, size)
+        return original(self, **vectors, value=value)
+
+    original = Attention.forward
+    monkeypatch.setattr(Attention, "forward", forward)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.attn: its queries and keys are not what the"):
+        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+
+
+def test_a_layer_that_the_model_does_not_use_cannot_serve(
+    checkpoint: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Attention, "forward", lambda self, query, key, value: torch.zeros_like(query))
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.attn: the model does not use this layer"):
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
 
 
