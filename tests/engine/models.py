@@ -31,6 +31,9 @@ from transformers import (
 
 TRAINED_LENGTH = 64
 VOCAB_SIZE = 160
+EXPERT_BIASES = ("e_score_correction_bias", "expert_bias")
+"""Decide which experts are chosen."""
+
 DIGITS = range(10, 20)
 """The tokens that `save_tokenizer` calls "0" to "9"."""
 
@@ -155,10 +158,10 @@ def random_model(
     model = make(config, dtype=torch.float32)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            if name.endswith(("e_score_correction_bias", "expert_bias")):  # which experts are chosen
+            if name.endswith(EXPERT_BIASES):
                 buffer.normal_(0.0, 0.1)
         for name, parameter in model.named_parameters():
-            if "e_score_correction_bias" in name:
+            if name.endswith(EXPERT_BIASES):
                 parameter.normal_(0.0, 0.1)
             elif "bias" in name:
                 parameter.normal_(0.0, 0.3)
