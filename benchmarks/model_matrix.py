@@ -282,24 +282,46 @@ def outcome(result: Result) -> str:
     return f"not runnable here: {reason}; stock vLLM on short texts: {result.stock}"
 
 
+def without_row() -> tuple[list[str], list[str]]:
+    """The registry's names that have no row: those that transformers has no class for, and the others."""
+    kinds = (
+        registry._TEXT_GENERATION_MODELS,
+        registry._TRANSFORMERS_SUPPORTED_MODELS,
+        registry._MULTIMODAL_MODELS,
+        registry._LATE_INTERACTION_MODELS,
+        registry._REWARD_MODELS,
+    )
+    names = {name for kind in kinds for name in kind} - {one.name for one in ARCHITECTURES}
+    unknown = {name for name in names if not hasattr(transformers, name)}
+    return sorted(unknown, key=str.lower), sorted(names - unknown, key=str.lower)
+
+
 def docs(results: list[Result]) -> str:
     """The page."""
     counts = Counter(result.status for result in results)
     proved = {result.name for result in results if result.status == "proved"}
+    unknown, others = without_row()
     lines = [
         "# Models",
         "",
-        f"What happens with each decoder architecture of vLLM {vllm.__version__.split('+')[0]}, found out by running it: a tiny",
-        "random checkpoint, served with Self-Extend through vLLM on a CPU in float32, its greedy tokens and all",
+        f"What becomes of each decoder architecture of vLLM {vllm.__version__.split('+')[0]}, found out by running it: a",
+        "tiny random checkpoint, served with Self-Extend through vLLM on a CPU in float32, its greedy tokens and all",
         "log-probabilities, of prompts and answers, held against a second implementation that shares no code with this",
-        f"project (transformers {transformers.__version__} in eager, scores straight from the paper), with texts on both sides of the",
-        f"window and of the trained length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.",
+        f"project (transformers {transformers.__version__} in eager, scores straight from the paper). The texts end on both",
+        f"sides of the window and of the trained length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.",
         "",
-        f"Made by `python -m benchmarks.model_matrix --docs` (version {vllm_selfextend.__version__} of this project; `make models`);",
-        "the numbers are in [benchmarks/results/model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).",
+        "Models of images, video or sound are served with text alone. What is not proved was put to stock vLLM too, with",
+        "short texts: where the row says nothing else, it agrees with transformers there. A row says so when vLLM runs the",
+        "architecture through its Transformers backend.",
         "",
-        f"{len(proved)} architectures are proved ({counts['proved']} rows), {counts['refused']} rows are refused at start-up with",
-        f"their reason, {counts['not runnable']} do not run on a CPU, {counts['differs']} differ, and {counts['no oracle']} have nothing to be compared with.",
+        "```",
+        "make models  # python -m benchmarks.model_matrix --docs",
+        "```",
+        "",
+        f"Version {vllm_selfextend.__version__} of this project: **{len(proved)} architectures proved**, in {counts['proved']} rows;"
+        f" {counts['refused']} rows refused at start-up,",
+        f"{counts['not runnable']} not runnable on this CPU, {counts['differs']} different. Every number is in",
+        "[model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).",
         "",
         "| architecture | families | |",
         "|---|---|---|",
@@ -309,6 +331,13 @@ def docs(results: list[Result]) -> str:
         notes = f" {result.notes}" if result.notes else ""
         cells = (cell.replace("|", "\\|") for cell in (title, result.known_as, outcome(result) + notes))
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"transformers {transformers.__version__} has no implementation to compare these {len(unknown)} of vLLM's registry with:",
+        f"{', '.join(unknown)}.",
+        "",
+        f"These {len(others)} have not been tried: {', '.join(others)}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

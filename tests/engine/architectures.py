@@ -82,11 +82,20 @@ ONE_MORE: dict[str, Any] = {
     "oracle": {"sliding_window": 25},
     "notes": "(vLLM takes its sliding windows for one token longer than transformers; compared at the same length)",
 }
+# vLLM 0.32's kernel for CPUs takes queries of [tokens, heads, head size] for [batch, tokens, hidden size].
+NATIVE_ROPE: dict[str, Any] = {
+    "engine": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
+    "notes": (
+        "(vLLM's rotary kernel for CPUs misreads this model's queries; run with `--compilation-config "
+        "'{\"custom_ops\": [\"all\", \"-rotary_embedding\"]}'`)"
+    ),
+}
 AXES = default_rope(mrope_section=[4, 6, 6])
 GLM_AXES = default_rope(partial_rotary_factor=0.5, mrope_section=[2, 3, 3])
+# vLLM turns the temperature on from 32,769 tokens.
 LLAMA4 = {
     "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1, "no_rope_layers": [1, 0, 1],
-    "interleave_moe_layer_step": 2, "floor_scale": 32
+    "interleave_moe_layer_step": 2, "attn_temperature_tuning": False
 }  # fmt: skip
 
 
@@ -340,10 +349,10 @@ ARCHITECTURES: list[Architecture] = [
                  of("OlmoHybridConfig", **GATED_DELTA, **default_rope())),
     Architecture("Lfm2ForCausalLM", "LFM2 350M to 2.6B",
                  of("Lfm2Config", layer_types=["conv", FULL, "conv", FULL], num_hidden_layers=4,
-                    block_multiple_of=32, block_auto_adjust_ff_dim=False, conv_dim=128, block_dim=128)),
+                    block_multiple_of=32, block_auto_adjust_ff_dim=False, conv_dim=128, block_dim=128), **NATIVE_ROPE),
     Architecture("Lfm2MoeForCausalLM", "LFM2-8B-A1B",
                  of("Lfm2MoeConfig", **MOE, layer_types=["conv", FULL, "conv", FULL], num_hidden_layers=4,
-                    num_dense_layers=1), unbiased=True),
+                    num_dense_layers=1), unbiased=True, **NATIVE_ROPE),
     Architecture("FalconH1ForCausalLM", "Falcon-H1",
                  of("FalconH1Config", **MAMBA, mamba_d_ssm=256, mlp_multipliers=[1.0, 1.0], ssm_multipliers=[1.0] * 5)),
     Architecture("GraniteMoeHybridForCausalLM", "Granite 4.0 Micro (attention alone)",
@@ -439,8 +448,8 @@ ARCHITECTURES: list[Architecture] = [
                  beside("Mistral3Config", of("MistralConfig", sliding_window=None), PIXTRAL), engine=IMAGES_ALONE),
     Architecture("Gemma3ForConditionalGeneration", "Gemma 3 4B, 12B, 27B, MedGemma",
                  beside("Gemma3Config", known("gemma3"), SIGLIP, mm_tokens_per_image=4), engine=IMAGES_ALONE),
-    Architecture("PaliGemmaForConditionalGeneration", "PaliGemma 2",
-                 beside("PaliGemmaConfig", known("gemma2"), SIGLIP, projection_dim=64), engine=IMAGES_ALONE),
+    Architecture("PaliGemmaForConditionalGeneration", "PaliGemma",
+                 beside("PaliGemmaConfig", known("gemma"), SIGLIP, projection_dim=64), engine=IMAGES_ALONE),
     Architecture("InternVLForConditionalGeneration", "InternVL 3, 3.5 (HF)",
                  beside("InternVLConfig", of("Qwen3Config"),
                         {"model_type": "internvl_vision", **VISION, "image_size": [28, 28], "patch_size": [14, 14]}),
@@ -464,7 +473,8 @@ ARCHITECTURES: list[Architecture] = [
     Architecture("Lfm2VlForConditionalGeneration", "LFM2-VL",
                  beside("Lfm2VlConfig", of("Lfm2Config", layer_types=["conv", FULL, "conv"], block_multiple_of=32,
                         block_auto_adjust_ff_dim=False, conv_dim=128, block_dim=128), {"model_type": "siglip2_vision_model", **VISION,
-                        "num_patches": 16}, projector_hidden_size=64), engine=IMAGES_ALONE),
+                        "num_patches": 16}, projector_hidden_size=64),
+                 engine={**IMAGES_ALONE, **NATIVE_ROPE["engine"]}, notes=NATIVE_ROPE["notes"]),
     Architecture("Qwen2VLForConditionalGeneration", "Qwen2-VL",
                  beside("Qwen2VLConfig", of("Qwen2VLTextConfig", **AXES),
                         {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 128}), engine=TEXT_ALONE),
@@ -476,7 +486,7 @@ ARCHITECTURES: list[Architecture] = [
                  beside("Qwen3VLConfig", of("Qwen3VLTextConfig", **AXES, head_dim=32), QWEN3_VISION),
                  engine=TEXT_ALONE),
     Architecture("Qwen3VLMoeForConditionalGeneration", "Qwen3-VL-30B-A3B, 235B-A22B",
-                 beside("Qwen3VLMoeConfig", of("Qwen3VLMoeTextConfig", **AXES, **MOE), QWEN3_VISION),
+                 beside("Qwen3VLMoeConfig", of("Qwen3VLMoeTextConfig", **AXES, **MOE, norm_topk_prob=True), QWEN3_VISION),
                  engine=TEXT_ALONE),
     Architecture("Qwen3_5ForConditionalGeneration", "Qwen3.5 0.8B to 27B",
                  beside("Qwen3_5Config", of("Qwen3_5TextConfig", **GATED_DELTA, **MROPE), QWEN3_5_VISION),
@@ -485,9 +495,9 @@ ARCHITECTURES: list[Architecture] = [
                  beside("Qwen3_5MoeConfig", of("Qwen3_5MoeTextConfig", **GATED_DELTA, **MOE, **MROPE,
                         shared_expert_intermediate_size=48), QWEN3_5_VISION), engine=TEXT_ALONE),
     Architecture("Glm4vForConditionalGeneration", "GLM-4.1V, GLM-4.6V-Flash",
-                 beside("Glm4vConfig", of("Glm4vTextConfig", **GLM_AXES), GLM_VISION), engine=TEXT_ALONE),
+                 beside("Glm4vConfig", of("Glm4vTextConfig", **GLM_AXES, attention_bias=True), GLM_VISION), engine=TEXT_ALONE),
     Architecture("Glm4vMoeForConditionalGeneration", "GLM-4.5V, 4.6V",
-                 beside("Glm4vMoeConfig", of("Glm4vMoeTextConfig", **ROUTED_MOE, **GLM_AXES), GLM_VISION),
+                 beside("Glm4vMoeConfig", of("Glm4vMoeTextConfig", **ROUTED_MOE, **GLM_AXES, use_qk_norm=False), GLM_VISION),
                  engine=TEXT_ALONE),
     Architecture("GlmOcrForConditionalGeneration", "GLM-OCR",
                  beside("GlmOcrConfig", of("GlmOcrTextConfig", **GLM_AXES), GLM_VISION), engine=TEXT_ALONE),
