@@ -24,6 +24,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import benchmarks.torchvision_on_cpu  # noqa: F401, I001 (before vLLM)
 import rich.box
 import torch
 import transformers
@@ -46,12 +47,13 @@ DOCS = Path("docs/models.md")
 SECONDS = 120
 """How long a step may take."""
 
-REFUSAL = "Self-Extend cannot serve"
+REFUSALS = ("Self-Extend cannot serve", "Self-Extend (attention backend CUSTOM) cannot run")
 STATES_TOLERANCE = 1e-4
 """Of a normalised state's numbers, and of a class's probability."""
 
 BY_TITLE = {one.title: one for one in ARCHITECTURES}
 PRELOADED = [
+    "benchmarks.torchvision_on_cpu",
     "tests.engine.conftest",
     "tests.engine.architectures",
     "vllm.v1.engine.llm_engine",
@@ -138,12 +140,16 @@ def _child(sender: Connection, log: Path, step: Callable[..., Any], args: tuple[
 def _innermost(error: BaseException) -> str:
     """The error that says what is wrong, of those that it came with."""
     found = error
-    while (cause := found.__cause__ or found.__context__) is not None and REFUSAL not in str(found):
+    while (cause := found.__cause__ or found.__context__) is not None and not _is_refusal(str(found)):
         found = cause
     lines = [line.strip() for line in str(found).splitlines() if line.strip()]
-    pydantic = [line for line in lines if REFUSAL in line or line.startswith("Value error, ")]
+    pydantic = [line for line in lines if _is_refusal(line) or line.startswith("Value error, ")]
     code = traceback.extract_tb(found.__traceback__)[-1].line if found.__traceback__ else ""
-    return f"{type(found).__name__}: {(pydantic or lines or [code])[0]}"
+    return f"{type(found).__name__}: {(pydantic or lines or [code])[0].split(' [type=')[0]}"
+
+
+def _is_refusal(message: str) -> bool:
+    return any(refusal in message for refusal in REFUSALS)
 
 
 def save(title: str, folder: Path) -> tuple[str, str]:
@@ -156,7 +162,7 @@ def serve(title: str, checkpoint: str, extended: bool) -> tuple[str, list[Any]]:
     group_size, window, max_model_len = architecture.numbers
     settings: dict[str, Any] = {**ENGINE_DEFAULTS, "max_num_batched_tokens": 256, **architecture.engine}
     if architecture.task != "generate":
-        settings["runner"] = "pooling"
+        settings |= {"runner": "pooling", "skip_tokenizer_init": False}
     if extended:
         numbers = {"group_size": group_size, "neighbor_window": window, "exact_short": True}
         settings |= {
@@ -224,8 +230,8 @@ def run(architecture: Architecture, log: Path) -> Result:
         except StepError as error:
             reason = str(error)
             stock = _stock(architecture.title, checkpoint, for_oracle, log)
-            if REFUSAL in reason:
-                reason = reason[reason.index(REFUSAL) :].replace(checkpoint, "it")
+            if _is_refusal(reason):
+                reason = reason[reason.index("Self-Extend") :].replace(checkpoint, "it")
                 return result("refused", reason, stock=stock)
             return result("not runnable", reason.replace(folder, "FOLDER"), stock=stock)
         try:
@@ -265,7 +271,7 @@ def outcome(result: Result) -> str:
     if result.status == "proved":
         through = " through vLLM's Transformers backend" if result.model.startswith("Transformers") else ""
         return f"**proved**{through}"
-    reason = result.reason.removeprefix(f"{REFUSAL} it: ")
+    reason = result.reason.removeprefix("Self-Extend cannot serve it: ")
     if result.status == "refused":
         agrees = "" if result.stock == "as transformers" else f" (stock vLLM {result.stock})" if result.stock else ""
         return f"refused: {reason}{agrees}"
@@ -278,24 +284,46 @@ def outcome(result: Result) -> str:
     return f"not runnable here: {reason}; stock vLLM on short texts: {result.stock}"
 
 
+def without_row() -> tuple[list[str], list[str]]:
+    """The registry's names that have no row: those that transformers has no class for, and the others."""
+    kinds = (
+        registry._TEXT_GENERATION_MODELS,
+        registry._TRANSFORMERS_SUPPORTED_MODELS,
+        registry._MULTIMODAL_MODELS,
+        registry._LATE_INTERACTION_MODELS,
+        registry._REWARD_MODELS,
+    )
+    names = {name for kind in kinds for name in kind} - {one.name for one in ARCHITECTURES}
+    unknown = {name for name in names if not hasattr(transformers, name)}
+    return sorted(unknown, key=str.lower), sorted(names - unknown, key=str.lower)
+
+
 def docs(results: list[Result]) -> str:
     """The page."""
     counts = Counter(result.status for result in results)
     proved = {result.name for result in results if result.status == "proved"}
+    unknown, others = without_row()
     lines = [
         "# Models",
         "",
-        f"What happens with each decoder architecture of vLLM {vllm.__version__.split('+')[0]}, found out by running it: a tiny",
-        "random checkpoint, served with Self-Extend through vLLM on a CPU in float32, its greedy tokens and all",
+        f"What becomes of each decoder architecture of vLLM {vllm.__version__.split('+')[0]}, found out by running it: a",
+        "tiny random checkpoint, served with Self-Extend through vLLM on a CPU in float32, its greedy tokens and all",
         "log-probabilities, of prompts and answers, held against a second implementation that shares no code with this",
-        f"project (transformers {transformers.__version__} in eager, scores straight from the paper), with texts on both sides of the",
-        f"window and of the trained length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.",
+        f"project (transformers {transformers.__version__} in eager, scores straight from the paper). The texts end on both",
+        f"sides of the window and of the trained length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.",
         "",
-        f"Made by `python -m benchmarks.model_matrix --docs` (version {vllm_selfextend.__version__} of this project; `make models`);",
-        "the numbers are in [benchmarks/results/model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).",
+        "Models of images, video or sound are served with text alone. What is not proved was put to stock vLLM too, with",
+        "short texts: where the row says nothing else, it agrees with transformers there. A row says so when vLLM runs the",
+        "architecture through its Transformers backend.",
         "",
-        f"{len(proved)} architectures are proved ({counts['proved']} rows), {counts['refused']} rows are refused at start-up with",
-        f"their reason, {counts['not runnable']} do not run on a CPU, {counts['differs']} differ, and {counts['no oracle']} have nothing to be compared with.",
+        "```",
+        "make models  # python -m benchmarks.model_matrix --docs",
+        "```",
+        "",
+        f"Version {vllm_selfextend.__version__} of this project: **{len(proved)} architectures proved**, in {counts['proved']} rows;"
+        f" {counts['refused']} rows refused at start-up,",
+        f"{counts['not runnable']} not runnable on this CPU, {counts['differs']} different. Every number is in",
+        "[model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).",
         "",
         "| architecture | families | |",
         "|---|---|---|",
@@ -305,6 +333,13 @@ def docs(results: list[Result]) -> str:
         notes = f" {result.notes}" if result.notes else ""
         cells = (cell.replace("|", "\\|") for cell in (title, result.known_as, outcome(result) + notes))
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"transformers {transformers.__version__} has no implementation to compare these {len(unknown)} of vLLM's registry with:",
+        f"{', '.join(unknown)}.",
+        "",
+        f"These {len(others)} have not been tried: {', '.join(others)}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

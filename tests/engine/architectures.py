@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .models import CONFIGS, SHAPE, TRAINED_LENGTH, random_model
+from .models import CONFIGS, EXPERT_BIASES, SHAPE, random_model, save_tokenizer
 
 WIDE: dict[str, Any] = {**SHAPE, "hidden_size": 128}
 """Heads of 32 dimensions also where these are the hidden size's share."""
@@ -48,7 +50,7 @@ GATED_DELTA = {
     "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4
 }  # fmt: skip
 MAMBA = {
-    "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 16
+    "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 256
 }  # fmt: skip
 MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32}
 GEMMA4 = {
@@ -80,11 +82,20 @@ ONE_MORE: dict[str, Any] = {
     "oracle": {"sliding_window": 25},
     "notes": "(vLLM takes its sliding windows for one token longer than transformers; compared at the same length)",
 }
+# vLLM 0.32's kernel for CPUs takes queries of [tokens, heads, head size] for [batch, tokens, hidden size].
+NATIVE_ROPE: dict[str, Any] = {
+    "engine": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
+    "notes": (
+        "(vLLM's rotary kernel for CPUs misreads this model's queries; run with `--compilation-config "
+        "'{\"custom_ops\": [\"all\", \"-rotary_embedding\"]}'`)"
+    ),
+}
 AXES = default_rope(mrope_section=[4, 6, 6])
 GLM_AXES = default_rope(partial_rotary_factor=0.5, mrope_section=[2, 3, 3])
+# vLLM turns the temperature on from 32,769 tokens.
 LLAMA4 = {
     "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1, "no_rope_layers": [1, 0, 1],
-    "interleave_moe_layer_step": 2, "floor_scale": 32
+    "interleave_moe_layer_step": 2, "attn_temperature_tuning": False
 }  # fmt: skip
 
 
@@ -103,6 +114,8 @@ class Architecture:
         base: Save the model without its head.
         convert: Turns transformers' checkpoint in a folder into the one that vLLM reads.
         oracle: What the text config that the oracle reads says otherwise.
+        served: What the config that vLLM reads says more.
+        unbiased: No bias in the choice of experts, which vLLM's router for CPUs leaves out where experts have no groups.
         notes: For the table.
 
     """
@@ -117,6 +130,8 @@ class Architecture:
     base: bool = False
     convert: Callable[[Path], None] | None = None
     oracle: Mapping[str, Any] = field(default_factory=dict)
+    served: Mapping[str, Any] = field(default_factory=dict)
+    unbiased: bool = False
     notes: str = ""
 
     @property
@@ -129,14 +144,21 @@ class Architecture:
         named = getattr(transformers, self.name, None)
         make = AutoModelForCausalLM.from_config if named is None or self.base else named._from_config
         model = random_model(self.config(), seed=len(self.title), make=make)
+        if self.unbiased:
+            for name, tensor in model.state_dict().items():
+                if name.endswith(EXPERT_BIASES):
+                    tensor.zero_()
         path, for_oracle = folder / "checkpoint", folder / "oracle"
         (model.base_model if self.base else model).save_pretrained(path)
+        save_tokenizer(path)
         config_file = path / "config.json"
         config = json.loads(config_file.read_text()) | {"architectures": [self.name]}
         config_file.write_text(json.dumps(config))
         shutil.copytree(path, for_oracle)
         config.get("text_config", config).update(self.oracle)
         (for_oracle / "config.json").write_text(json.dumps(config))
+        if self.served:
+            config_file.write_text(json.dumps(json.loads(config_file.read_text()) | self.served))
         if self.convert is not None:
             self.convert(path)
         return str(path), str(for_oracle)
@@ -166,6 +188,52 @@ def beside(
 def known(name: str) -> Callable[[], PreTrainedConfig]:
     """One of the models of the tests."""
     return partial(CONFIGS.__getitem__, name)
+
+
+def _renamed(path: Path, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The weights, in whose names these parts are others."""
+    weights = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        for before, after in names.items():
+            name = name.replace(before, after)
+        weights[name] = weight
+    return weights
+
+
+def packed_as_internlm2(path: Path) -> None:
+    """Of each head of keys: its queries' heads, then itself, then its values."""
+    names = {
+        "embed_tokens": "tok_embeddings",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "lm_head": "output",
+    }
+    weights = _renamed(path, names)
+    for layer in range(WIDE["num_hidden_layers"]):
+        parts = [weights.pop(f"model.layers.{layer}.self_attn.{part}_proj.weight") for part in "qkv"]
+        heads = [part.view(WIDE["num_key_value_heads"], -1, WIDE["head_dim"], WIDE["hidden_size"]) for part in parts]
+        weights[f"model.layers.{layer}.attention.wqkv.weight"] = torch.cat(heads, 1).flatten(0, 2).contiguous()
+    save_file(weights, path / "model.safetensors")
+
+
+def named_as_exaone(path: Path) -> None:
+    names = {
+        "model.embed_tokens": "transformer.wte",
+        "model.layers": "transformer.h",
+        "model.norm": "transformer.ln_f",
+        "self_attn.o_proj": "attn.attention.out_proj",
+        "self_attn": "attn.attention",
+        "mlp.gate_proj": "mlp.c_fc_0",
+        "mlp.up_proj": "mlp.c_fc_1",
+        "mlp.down_proj": "mlp.c_proj",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+    }
+    save_file(_renamed(path, names), path / "model.safetensors")
 
 
 ARCHITECTURES: list[Architecture] = [
@@ -214,7 +282,7 @@ ARCHITECTURES: list[Architecture] = [
                  of("FalconConfig", "head_dim", new_decoder_architecture=True, num_kv_heads=2)),
     Architecture("FalconForCausalLM", "Falcon-RW", of("FalconConfig", "head_dim", alibi=True), variant="ALiBi"),
     Architecture("GPTNeoXForCausalLM", "Pythia, GPT-NeoX-20B, Dolly v2",
-                 of("GPTNeoXConfig", **default_rope(partial_rotary_factor=0.25))),
+                 of("GPTNeoXConfig", "num_key_value_heads", **default_rope(partial_rotary_factor=0.25))),
     Architecture("GPTJForCausalLM", "GPT-J-6B",
                  of("GPTJConfig", "num_key_value_heads", "head_dim", rotary_dim=16, n_inner=96)),
     Architecture("NemotronForCausalLM", "Nemotron-4, Minitron", of("NemotronConfig")),
@@ -241,7 +309,7 @@ ARCHITECTURES: list[Architecture] = [
     Architecture("Ernie4_5ForCausalLM", "ERNIE 4.5 0.3B", of("Ernie4_5Config")),
     Architecture("Ernie4_5_MoeForCausalLM", "ERNIE 4.5 21B-A3B, 300B-A47B",
                  of("Ernie4_5_MoeConfig", moe_num_experts=4, moe_k=2, moe_intermediate_size=48,
-                    moe_num_shared_experts=1)),
+                    moe_num_shared_experts=1), unbiased=True),
     Architecture("HunYuanDenseV1ForCausalLM", "Hunyuan 0.5B to 7B, Hunyuan-MT", of("HunYuanDenseV1Config")),
     Architecture("HunYuanMoEV1ForCausalLM", "Hunyuan-A13B",
                  of("HunYuanMoEV1Config", num_experts=4, moe_topk=[2, 2, 2], num_shared_expert=[1, 1, 1],
@@ -281,10 +349,10 @@ ARCHITECTURES: list[Architecture] = [
                  of("OlmoHybridConfig", **GATED_DELTA, **default_rope())),
     Architecture("Lfm2ForCausalLM", "LFM2 350M to 2.6B",
                  of("Lfm2Config", layer_types=["conv", FULL, "conv", FULL], num_hidden_layers=4,
-                    block_multiple_of=32, block_auto_adjust_ff_dim=False)),
+                    block_multiple_of=32, block_auto_adjust_ff_dim=False, conv_dim=128, block_dim=128), **NATIVE_ROPE),
     Architecture("Lfm2MoeForCausalLM", "LFM2-8B-A1B",
                  of("Lfm2MoeConfig", **MOE, layer_types=["conv", FULL, "conv", FULL], num_hidden_layers=4,
-                    num_dense_layers=1)),
+                    num_dense_layers=1), unbiased=True, **NATIVE_ROPE),
     Architecture("FalconH1ForCausalLM", "Falcon-H1",
                  of("FalconH1Config", **MAMBA, mamba_d_ssm=256, mlp_multipliers=[1.0, 1.0], ssm_multipliers=[1.0] * 5)),
     Architecture("GraniteMoeHybridForCausalLM", "Granite 4.0 Micro (attention alone)",
@@ -297,13 +365,13 @@ ARCHITECTURES: list[Architecture] = [
     Architecture("Zamba2ForCausalLM", "Zamba2 1.2B, 2.7B, 7B",
                  of("Zamba2Config", "head_dim", layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
                     num_hidden_layers=4, num_mem_blocks=1, use_mem_rope=True, mamba_d_state=16, n_mamba_heads=8,
-                    mamba_headdim=32, chunk_size=16, num_key_value_heads=4, use_mamba_kernels=False)),
+                    mamba_headdim=32, chunk_size=256, num_key_value_heads=4, use_mamba_kernels=False)),
     Architecture("JambaForCausalLM", "Jamba 1.5, 1.6, 1.7, Jamba Reasoning",
                  of("JambaConfig", num_experts=4, num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
                     use_mamba_kernels=False)),
     Architecture("NemotronHForCausalLM", "Nemotron-H, Nemotron Nano 2 and 3",
                  of("NemotronHConfig", "num_hidden_layers", layers_block_type=["mamba", "attention", "moe"],
-                    ssm_state_size=16, mamba_num_heads=8, mamba_head_dim=32, n_groups=1, chunk_size=16,
+                    ssm_state_size=16, mamba_num_heads=8, mamba_head_dim=32, n_groups=1, chunk_size=256,
                     n_routed_experts=4, moe_intermediate_size=48, moe_shared_expert_intermediate_size=48,
                     use_mamba_kernels=False)),
     # The gated models of Google's.
@@ -337,10 +405,10 @@ ARCHITECTURES: list[Architecture] = [
     Architecture("LlamaBidirectionalModel", "llama-nemotron-embed", of("LlamaConfig", pooling="avg"),
                  task="embed", base=True),
     # No RoPE, or keys that cannot be rotated anew.
-    Architecture("BloomForCausalLM", "BLOOM, BLOOMZ", of("BloomConfig", n_layer=3, n_head=4)),
-    Architecture("OPTForCausalLM", "OPT", of("OPTConfig", ffn_dim=96)),
-    Architecture("GPT2LMHeadModel", "GPT-2", of("GPT2Config", "intermediate_size", n_inner=96)),
-    Architecture("GPTBigCodeForCausalLM", "StarCoder, SantaCoder", of("GPTBigCodeConfig", n_inner=96)),
+    Architecture("BloomForCausalLM", "BLOOM, BLOOMZ", of("BloomConfig", "num_key_value_heads", n_layer=3, n_head=4)),
+    Architecture("OPTForCausalLM", "OPT", of("OPTConfig", "num_key_value_heads", ffn_dim=96)),
+    Architecture("GPT2LMHeadModel", "GPT-2", of("GPT2Config", "num_key_value_heads", "intermediate_size", n_inner=96)),
+    Architecture("GPTBigCodeForCausalLM", "StarCoder, SantaCoder", of("GPTBigCodeConfig", "num_key_value_heads", "intermediate_size", n_inner=96)),
     Architecture("MambaForCausalLM", "Mamba", of("MambaConfig", "intermediate_size")),
     Architecture("Mamba2ForCausalLM", "Mamba-2, Codestral Mamba",
                  of("Mamba2Config", "intermediate_size", num_heads=8, n_groups=1, state_size=16, chunk_size=16)),
@@ -351,7 +419,7 @@ ARCHITECTURES: list[Architecture] = [
                  of("DeepseekV3Config", "head_dim", **ROUTED_MOE, **MLA, num_key_value_heads=4, q_lora_rank=32)),
     Architecture("DeepseekV32ForCausalLM", "DeepSeek-V3.2",
                  of("DeepseekV32Config", "head_dim", **ROUTED_MOE, **MLA, num_key_value_heads=4, q_lora_rank=32)),
-    Architecture("DeepseekV4ForCausalLM", "DeepSeek-V4", of("DeepseekV4Config", **ROUTED_MOE)),
+    Architecture("DeepseekV4ForCausalLM", "DeepSeek-V4", of("DeepseekV4Config", **ROUTED_MOE, mlp_layer_types=["sparse"] * 3)),
     Architecture("AXK1ForCausalLM", "A.X K1",
                  of("AXK1Config", "head_dim", **ROUTED_MOE, **MLA, num_key_value_heads=4, q_lora_rank=32)),
     Architecture("Glm4MoeLiteForCausalLM", "GLM-4.7-Flash",
@@ -380,8 +448,8 @@ ARCHITECTURES: list[Architecture] = [
                  beside("Mistral3Config", of("MistralConfig", sliding_window=None), PIXTRAL), engine=IMAGES_ALONE),
     Architecture("Gemma3ForConditionalGeneration", "Gemma 3 4B, 12B, 27B, MedGemma",
                  beside("Gemma3Config", known("gemma3"), SIGLIP, mm_tokens_per_image=4), engine=IMAGES_ALONE),
-    Architecture("PaliGemmaForConditionalGeneration", "PaliGemma 2",
-                 beside("PaliGemmaConfig", known("gemma2"), SIGLIP, projection_dim=64), engine=IMAGES_ALONE),
+    Architecture("PaliGemmaForConditionalGeneration", "PaliGemma",
+                 beside("PaliGemmaConfig", known("gemma"), SIGLIP, projection_dim=64), engine=IMAGES_ALONE),
     Architecture("InternVLForConditionalGeneration", "InternVL 3, 3.5 (HF)",
                  beside("InternVLConfig", of("Qwen3Config"),
                         {"model_type": "internvl_vision", **VISION, "image_size": [28, 28], "patch_size": [14, 14]}),
@@ -404,8 +472,9 @@ ARCHITECTURES: list[Architecture] = [
                          "projector_input_dim": 32, "projector_output_dim": 32}), engine=IMAGES_ALONE),
     Architecture("Lfm2VlForConditionalGeneration", "LFM2-VL",
                  beside("Lfm2VlConfig", of("Lfm2Config", layer_types=["conv", FULL, "conv"], block_multiple_of=32,
-                        block_auto_adjust_ff_dim=False), {"model_type": "siglip2_vision_model", **VISION,
-                        "num_patches": 16}, projector_hidden_size=64), engine=IMAGES_ALONE),
+                        block_auto_adjust_ff_dim=False, conv_dim=128, block_dim=128), {"model_type": "siglip2_vision_model", **VISION,
+                        "num_patches": 16}, projector_hidden_size=64),
+                 engine={**IMAGES_ALONE, **NATIVE_ROPE["engine"]}, notes=NATIVE_ROPE["notes"]),
     Architecture("Qwen2VLForConditionalGeneration", "Qwen2-VL",
                  beside("Qwen2VLConfig", of("Qwen2VLTextConfig", **AXES),
                         {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 128}), engine=TEXT_ALONE),
@@ -417,7 +486,7 @@ ARCHITECTURES: list[Architecture] = [
                  beside("Qwen3VLConfig", of("Qwen3VLTextConfig", **AXES, head_dim=32), QWEN3_VISION),
                  engine=TEXT_ALONE),
     Architecture("Qwen3VLMoeForConditionalGeneration", "Qwen3-VL-30B-A3B, 235B-A22B",
-                 beside("Qwen3VLMoeConfig", of("Qwen3VLMoeTextConfig", **AXES, **MOE), QWEN3_VISION),
+                 beside("Qwen3VLMoeConfig", of("Qwen3VLMoeTextConfig", **AXES, **MOE, norm_topk_prob=True), QWEN3_VISION),
                  engine=TEXT_ALONE),
     Architecture("Qwen3_5ForConditionalGeneration", "Qwen3.5 0.8B to 27B",
                  beside("Qwen3_5Config", of("Qwen3_5TextConfig", **GATED_DELTA, **MROPE), QWEN3_5_VISION),
@@ -426,9 +495,9 @@ ARCHITECTURES: list[Architecture] = [
                  beside("Qwen3_5MoeConfig", of("Qwen3_5MoeTextConfig", **GATED_DELTA, **MOE, **MROPE,
                         shared_expert_intermediate_size=48), QWEN3_5_VISION), engine=TEXT_ALONE),
     Architecture("Glm4vForConditionalGeneration", "GLM-4.1V, GLM-4.6V-Flash",
-                 beside("Glm4vConfig", of("Glm4vTextConfig", **GLM_AXES), GLM_VISION), engine=TEXT_ALONE),
+                 beside("Glm4vConfig", of("Glm4vTextConfig", **GLM_AXES, attention_bias=True), GLM_VISION), engine=TEXT_ALONE),
     Architecture("Glm4vMoeForConditionalGeneration", "GLM-4.5V, 4.6V",
-                 beside("Glm4vMoeConfig", of("Glm4vMoeTextConfig", **ROUTED_MOE, **GLM_AXES), GLM_VISION),
+                 beside("Glm4vMoeConfig", of("Glm4vMoeTextConfig", **ROUTED_MOE, **GLM_AXES, use_qk_norm=False), GLM_VISION),
                  engine=TEXT_ALONE),
     Architecture("GlmOcrForConditionalGeneration", "GLM-OCR",
                  beside("GlmOcrConfig", of("GlmOcrTextConfig", **GLM_AXES), GLM_VISION), engine=TEXT_ALONE),
@@ -437,7 +506,8 @@ ARCHITECTURES: list[Architecture] = [
     Architecture("Ernie4_5_VLMoeForConditionalGeneration", "ERNIE 4.5 VL 28B-A3B",
                  beside("Ernie4_5_VLMoeConfig", of("Ernie4_5_VLMoeTextConfig", **default_rope(mrope_section=[6, 6, 4]),
                         moe_num_experts=4, moe_k=2, moe_intermediate_size=[48, 32], moe_num_shared_experts=1),
-                        {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64}), engine=TEXT_ALONE),
+                        {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64}), engine=TEXT_ALONE,
+                 unbiased=True),
     Architecture("Exaone4_5_ForConditionalGeneration", "EXAONE 4.5",
                  beside("Exaone4_5_Config", of("Exaone4Config", **SLIDING), {"depth": 2, "num_heads": 2,
                         "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128,
@@ -451,4 +521,32 @@ ARCHITECTURES: list[Architecture] = [
                  beside("AudioFlamingo3Config", of("Qwen2Config"), {**AUDIO, "model_type": "audioflamingo3_encoder"},
                         sense="audio"), engine=AUDIO_ALONE),
     Architecture("Gemma3nForConditionalGeneration", "Gemma 3n E2B, E4B with images and sound", None),
+    # Other names of architectures above.
+    *(
+        Architecture(name, families, of("LlamaConfig"), notes="(vLLM's Llama)")
+        for name, families in {
+            "InternLM3ForCausalLM": "InternLM3-8B",
+            "IQuestCoderForCausalLM": "IQuest-Coder 40B",
+            "LLaMAForCausalLM": "first conversions of Llama 1",
+            "TeleChat3ForCausalLM": "TeleChat3",
+        }.items()
+    ),
+    # Those whose code is not in transformers, but is that of another there with other names.
+    Architecture("MiMoForCausalLM", "MiMo-7B", of("Qwen2Config"), notes="(as Qwen2)"),
+    Architecture("OrionForCausalLM", "Orion-14B", of("StableLmConfig", **default_rope(partial_rotary_factor=1.0)),
+                 served={"rms_norm_eps": 1e-5}, notes="(as StableLM that rotates all dimensions)"),
+    Architecture("MiniCPMForCausalLM", "MiniCPM 1B, 2B, MiniCPM4",
+                 of("GraniteConfig", **{**GRANITE, "attention_multiplier": 32**-0.5}),
+                 served={"scale_emb": 2.0, "scale_depth": 0.5 * 3**0.5, "dim_model_base": 64, "num_experts": 0},
+                 notes="(as Granite)"),
+    Architecture("InternLM2ForCausalLM", "InternLM2, InternLM2.5", of("LlamaConfig"), convert=packed_as_internlm2,
+                 served={"bias": False}, notes="(as Llama, its weights packed)"),
+    Architecture("ExaoneForCausalLM", "EXAONE 3.0, 3.5, Deep", of("LlamaConfig"), convert=named_as_exaone,
+                 served={"num_layers": 3, "activation_function": "silu", "layer_norm_epsilon": 1e-6},
+                 notes="(as Llama, its weights by other names)"),
+    Architecture("SolarForCausalLM", "Solar Pro", of("LlamaConfig"),
+                 served={**{f"bskcn_{n}": [] for n in range(1, 5)}, "bskcn_tv": [1.0, 0.0]},
+                 notes="(as Llama, without its skip connections)"),
+    Architecture("PanguEmbeddedForCausalLM", "openPangu Embedded 1B, 7B", of("LlamaConfig", attention_bias=True),
+                 served={"bias": True}, notes="(as Llama with biases)"),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -23,12 +24,18 @@ from transformers import (
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
 
 TRAINED_LENGTH = 64
 VOCAB_SIZE = 160
+EXPERT_BIASES = ("e_score_correction_bias", "expert_bias")
+"""Decide which experts are chosen."""
+
+DIGITS = range(10, 20)
+"""The tokens that `save_tokenizer` calls "0" to "9"."""
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -151,10 +158,10 @@ def random_model(
     model = make(config, dtype=torch.float32)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
-            if name.endswith(("e_score_correction_bias", "expert_bias")):  # which experts are chosen
+            if name.endswith(EXPERT_BIASES):
                 buffer.normal_(0.0, 0.1)
         for name, parameter in model.named_parameters():
-            if "e_score_correction_bias" in name:
+            if name.endswith(EXPERT_BIASES):
                 parameter.normal_(0.0, 0.1)
             elif "bias" in name:
                 parameter.normal_(0.0, 0.3)
@@ -165,6 +172,15 @@ def random_model(
             elif name.endswith(("act_fn.alpha_p", "act_fn.alpha_n")):  # xIELU's, for which vLLM has bfloat16
                 parameter.copy_(parameter.bfloat16())
     return model
+
+
+def save_tokenizer(path: Path) -> None:
+    """Put a tokenizer beside a model: a word a token, the digits, and names that no pattern of digits has."""
+    words = [f"<{token}>" for token in range(VOCAB_SIZE)]
+    words[DIGITS.start : DIGITS.stop] = "0123456789"
+    tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="<2>"))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>").save_pretrained(path)
 
 
 def save_random_adapter(name: str, folder: Path, seed: int = 1) -> str:

@@ -72,7 +72,7 @@ def load(checkpoint: str) -> PreTrainedModel:
 
 
 def _take_long_factors(config: Any) -> None:
-    """transformers chooses by each text's length; vLLM, serving more than the original length, takes the long ones."""
+    """Not those for the length of each text: vLLM, serving more than the original length, takes the long ones."""
     parameters = getattr(config, "rope_parameters", None) or {}
     if parameters.get("rope_type") == "longrope":
         parameters["short_factor"] = parameters["long_factor"]
@@ -94,7 +94,7 @@ def _interface(module, query, key, value, attention_mask, scaling=None, softcap=
     return attend(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs.get("sliding_window"))
 
 
-class _Captured(Exception):
+class _CapturedError(Exception):
     """Ends a layer's second and third run when its queries and keys are there."""
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -178,7 +178,7 @@ class _Oracle:
         self.run, self.rows = run, positions.clamp(max=len(positions) - 1)
         try:
             module(*args, **kwargs)
-        except _Captured as captured:
+        except _CapturedError as captured:
             return captured.query, captured.key
         finally:
             self.run, self.rows = "as it is", None
@@ -188,7 +188,7 @@ class _Oracle:
     def attend(self, module, query, key, value, mask, scaling, softcap, sinks, sliding_window):
         """`[1, heads, tokens, head_size]` queries, keys and values to `[1, tokens, heads, head_size]`."""
         if self.run != "as it is":
-            raise _Captured(query, key)
+            raise _CapturedError(query, key)
         num_tokens, method = query.shape[2], self.method
         position = torch.arange(num_tokens)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

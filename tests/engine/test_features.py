@@ -12,15 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from vllm_selfextend.demo import MODEL_DIR
 
-from .models import TRAINED_LENGTH, VOCAB_SIZE, random_prompts, save_in_int8, save_merged, save_random_adapter
+from .models import (
+    DIGITS,
+    TRAINED_LENGTH,
+    VOCAB_SIZE,
+    random_prompts,
+    save_in_int8,
+    save_merged,
+    save_random_adapter,
+    save_tokenizer,
+)
 from .oracle import SelfExtend, hidden_states
 from .passkeys import make_prompt
 
@@ -35,8 +42,6 @@ SETTINGS: dict[str, Any] = {
 METHOD = SelfExtend(24, 16, exact_len=TRAINED_LENGTH)
 CHUNKS = {"max_num_batched_tokens": 96, "enable_chunked_prefill": True}
 CLOSE = {"atol": 1e-3, "rtol": 0.0}
-DIGITS = range(10, 20)
-"""The tokens that `with_tokenizer` calls "0" to "9"."""
 
 
 def prompts() -> list[list[int]]:
@@ -62,13 +67,9 @@ def oracles_choices(
 
 
 def with_tokenizer(model: str, folder: Path) -> str:
-    """A copy of a random model with a word a token: the digits, and names that no pattern of digits has."""
-    words = [f"<{token}>" for token in range(VOCAB_SIZE)]
-    words[DIGITS.start : DIGITS.stop] = "0123456789"
-    tokenizer = Tokenizer(models.WordLevel({word: token for token, word in enumerate(words)}, unk_token="<2>"))
-    tokenizer.decoder = decoders.Fuse()
+    """A copy of a random model with `save_tokenizer`'s."""
     shutil.copytree(model, folder / "with-tokenizer")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>").save_pretrained(folder / "with-tokenizer")
+    save_tokenizer(folder / "with-tokenizer")
     return str(folder / "with-tokenizer")
 
 
