@@ -1,5 +1,6 @@
 # make demo   see a model trained on 256 tokens find a passkey in 4,000
 # make evaluate  compare Self-Extend with YaRN and with the unmodified model on a real model
+# make models    prove or refuse every decoder architecture of vLLM's, and write docs/models.md
 # make check  run every static check and the unit tests, in less than a minute
 # make test   run every test but the slow ones, two at a time       make test-slow   run the slow ones
 # make test-ray   run those that start Ray          make test-gpu   run those that need a GPU
@@ -14,7 +15,7 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: install demo evaluate check test test-slow test-ray test-gpu lint sanitize benchmark format train clean
+.PHONY: install demo evaluate models check test test-slow test-ray test-gpu lint sanitize benchmark format train clean
 .DEFAULT_GOAL := demo
 
 install: .venv/.installed
@@ -38,6 +39,9 @@ demo: install
 
 evaluate: install
 	@$(BIN)/python -m benchmarks.real_model
+
+models: install
+	@$(BIN)/python -m benchmarks.model_matrix --docs
 
 check: lint
 	$(BIN)/pytest -q tests/unit

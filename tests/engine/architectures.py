@@ -87,7 +87,7 @@ NATIVE_ROPE: dict[str, Any] = {
     "engine": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
     "notes": (
         "(vLLM's rotary kernel for CPUs misreads this model's queries; run with `--compilation-config "
-        "'{\"custom_ops\": [\"all\", \"-rotary_embedding\"]}'`)"
+        '\'{"custom_ops": ["all", "-rotary_embedding"]}\'`)'
     ),
 }
 AXES = default_rope(mrope_section=[4, 6, 6])

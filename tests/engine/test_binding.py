@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import pytest
 import torch
 from vllm import SamplingParams
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_selfextend.binding import bind_models
+from vllm_selfextend import binding
 
 
 def test_rotations_are_on_the_runners_device_and_a_draft_is_unwrapped(
-    checkpoint: Callable, start_engine: Callable
+    checkpoint: Callable, start_engine: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights may be offloaded to the CPU, and CUDA graphs wrap a draft model; the runner knows better."""
     llm = start_engine(
@@ -29,7 +30,10 @@ def test_rotations_are_on_the_runners_device_and_a_draft_is_unwrapped(
         drafter=SimpleNamespace(model=SimpleNamespace(unwrap=lambda: draft)),
         device=torch.device("meta"),
     )
-    bind_models(elsewhere, llm.llm_engine.vllm_config)
+    # The model can be run where it is only.
+    probe = binding._probe
+    monkeypatch.setattr(binding, "_probe", lambda *args: probe(*args[:-2], runner, args[-1]))
+    binding.bind_models(elsewhere, llm.llm_engine.vllm_config)
     for model in (target, draft):
         layers = [module for module in model.modules() if hasattr(module, "get_attn_backend")]
         assert layers
