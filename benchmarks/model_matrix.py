@@ -125,7 +125,7 @@ def _child(sender: Connection, log: Path, step: Callable[..., Any], args: tuple[
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # vLLM looks at a model's class in a process of its own, which takes ten seconds to start; this one has just that task.
+    # vLLM looks at a model's class in a process that takes ten seconds to start; this one is new as well.
     registry._run_in_subprocess = lambda function: function()
     try:
         start = time.monotonic()
@@ -144,8 +144,9 @@ def _innermost(error: BaseException) -> str:
         found = cause
     lines = [line.strip() for line in str(found).splitlines() if line.strip()]
     pydantic = [line for line in lines if _is_refusal(line) or line.startswith("Value error, ")]
-    code = traceback.extract_tb(found.__traceback__)[-1].line if found.__traceback__ else ""
-    return f"{type(found).__name__}: {(pydantic or lines or [code])[0].split(' [type=')[0]}"
+    frames = traceback.extract_tb(found.__traceback__)
+    code = frames[-1].line if frames else None
+    return f"{type(found).__name__}: {(pydantic or lines or [code or ''])[0].split(' [type=')[0]}"
 
 
 def _is_refusal(message: str) -> bool:
@@ -237,7 +238,9 @@ def run(architecture: Architecture, log: Path) -> Result:
         try:
             greatest = in_process(log, hold, architecture.title, for_oracle, found, True)
         except StepError as error:
-            return result("differs", str(error), stock=_stock(architecture.title, checkpoint, for_oracle, log), model=model)
+            return result(
+                "differs", str(error), stock=_stock(architecture.title, checkpoint, for_oracle, log), model=model
+            )
         return result("proved", model=model, greatest=greatest)
 
 
@@ -301,31 +304,33 @@ def docs(results: list[Result]) -> str:
     counts = Counter(result.status for result in results)
     proved = {result.name for result in results if result.status == "proved"}
     unknown, others = without_row()
-    lines = [
-        "# Models",
-        "",
-        f"What becomes of each decoder architecture of vLLM {vllm.__version__.split('+')[0]}, found out by running it: a",
-        "tiny random checkpoint, served with Self-Extend through vLLM on a CPU in float32, its greedy tokens and all",
-        "log-probabilities, of prompts and answers, held against a second implementation that shares no code with this",
-        f"project (transformers {transformers.__version__} in eager, scores straight from the paper). The texts end on both",
-        f"sides of the window and of the trained length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.",
-        "",
-        "Models of images, video or sound are served with text alone. What is not proved was put to stock vLLM too, with",
-        "short texts: where the row says nothing else, it agrees with transformers there. A row says so when vLLM runs the",
-        "architecture through its Transformers backend.",
-        "",
-        "```",
-        "make models  # python -m benchmarks.model_matrix --docs",
-        "```",
-        "",
-        f"Version {vllm_selfextend.__version__} of this project: **{len(proved)} architectures proved**, in {counts['proved']} rows;"
-        f" {counts['refused']} rows refused at start-up,",
-        f"{counts['not runnable']} not runnable on this CPU, {counts['differs']} different. Every number is in",
-        "[model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).",
-        "",
-        "| architecture | families | |",
-        "|---|---|---|",
-    ]
+    vllm_version, hf_version = vllm.__version__.split("+")[0], transformers.__version__
+    kinds = ("proved", "refused", "differs", "not runnable")
+    rows, refused, different, not_run = (counts[kind] for kind in kinds)
+    text = f"""# Models
+
+What becomes of each decoder architecture of vLLM {vllm_version}, found out by running it: a tiny random checkpoint is
+served with Self-Extend through vLLM on a CPU, in float32, and its greedy tokens and all log-probabilities, of prompts
+and answers, are held against a second implementation that shares no code with this project (transformers
+{hf_version} in eager, scores straight from the paper). The texts end on both sides of the window and of the trained
+length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.
+
+Models of images, video or sound are served with text alone. What is not proved was put to stock vLLM too, with short
+texts; where a row says nothing of it, it agrees with transformers there. A row says so if vLLM runs the architecture
+through its Transformers backend.
+
+```
+make models  # python -m benchmarks.model_matrix --docs
+```
+
+Version {vllm_selfextend.__version__} of this project: **{len(proved)} architectures proved**, in {rows} rows;
+{refused} rows refused at start-up, {not_run} not runnable on this CPU, {different} different. Every number is in
+[model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).
+
+| architecture | families | |
+|---|---|---|
+"""
+    lines = [text.rstrip("\n")]
     for result in results:
         title = f"{result.name}, {result.variant}" if result.variant else result.name
         notes = f" {result.notes}" if result.notes else ""
@@ -333,7 +338,7 @@ def docs(results: list[Result]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"transformers {transformers.__version__} has no implementation to compare these {len(unknown)} of vLLM's registry with:",
+        f"transformers {hf_version} has no implementation to compare these {len(unknown)} of vLLM's registry with:",
         f"{', '.join(unknown)}.",
         "",
         f"These {len(others)} have not been tried: {', '.join(others)}.",
@@ -343,7 +348,9 @@ def docs(results: list[Result]) -> str:
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Architectures; all if none is named.")] = None,
-    json_file: Annotated[Path, typer.Option("--json", help="Results, a line a row; rows run again are replaced.")] = RESULTS,
+    json_file: Annotated[
+        Path, typer.Option("--json", help="Results, a line a row; rows run again are replaced.")
+    ] = RESULTS,
     write_docs: Annotated[bool, typer.Option("--docs", help=f"Write {DOCS} from the results.")] = False,
     only: Annotated[str, typer.Option(help="'missing': run what has no result; 'unproved': what is not proved.")] = "",
     log: Annotated[Path | None, typer.Option(help="Where what the processes say goes; else it is dropped.")] = None,

@@ -2,8 +2,8 @@
 
 A transformers model computes each layer's queries and keys three times, with its own code: as it is, with queries
 rotated to grouped positions, and with keys rotated to grouped positions. For that, the model's rotary function gets
-other rows of its cosines and sines; nothing else of the layer's code is changed, so that whatever a model does before or
-after the rotation (norms, scales, dimensions left alone) is in the result. This module's attention then picks each
+other rows of its cosines and sines; nothing else of the layer's code is changed, so that whatever a model does before
+or after the rotation (norms, scales, dimensions left alone) is in the result. This module's attention then picks each
 score by `i - j < W`. The whole sequence is computed at once, without a cache.
 """
 
@@ -86,9 +86,7 @@ def _outputs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) ->
     with oracle.within(model), torch.inference_mode():
         for tokens in sequences:
             oracle.shared.clear()
-            yield model(
-                input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True, return_dict=True
-            )
+            yield model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True, return_dict=True)
 
 
 def _interface(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
