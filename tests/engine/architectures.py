@@ -56,6 +56,10 @@ GATED_DELTA = {
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 256}
 MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32}
+NO_PREFIXES: dict[str, Any] = {
+    "engine": {"enable_prefix_caching": False},
+    "notes": "(vLLM's Mamba 2 for CPUs fails with prefix caching; run without)",
+}
 GEMMA4 = {
     "num_hidden_layers": 4,
     "num_kv_shared_layers": 2,
@@ -480,7 +484,9 @@ ARCHITECTURES: list[Architecture] = [
         notes="(vLLM takes the scale of its queries from Mistral's own form of the config only; given there)",
     ),
     Architecture(
-        "MiMoV2FlashForCausalLM", "MiMo-V2-Flash", of("MiMoV2FlashConfig", **SLIDING, **ROUTED_MOE, v_head_dim=32)
+        "MiMoV2FlashForCausalLM",
+        "MiMo-V2-Flash",
+        of("MiMoV2FlashConfig", **SLIDING, **ROUTED_MOE, v_head_dim=32),
         served={
             "hybrid_layer_pattern": [1, 0, 1],
             "moe_layer_freq": [0, 1, 1],
@@ -489,6 +495,9 @@ ARCHITECTURES: list[Architecture] = [
             "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 2,
             "layernorm_epsilon": 1e-5,
+            "rope_theta": 5000000.0,
+            "swa_rope_theta": 10000.0,
+            "partial_rotary_factor": 0.334,
             "sliding_window_size": 24,
         },
     ),
@@ -530,6 +539,7 @@ ARCHITECTURES: list[Architecture] = [
         "FalconH1ForCausalLM",
         "Falcon-H1",
         of("FalconH1Config", **MAMBA, mamba_d_ssm=256, mlp_multipliers=[1.0, 1.0], ssm_multipliers=[1.0] * 5),
+        **NO_PREFIXES,
     ),
     Architecture(
         "GraniteMoeHybridForCausalLM",
@@ -573,6 +583,7 @@ ARCHITECTURES: list[Architecture] = [
             num_key_value_heads=4,
             use_mamba_kernels=False,
         ),
+        **NO_PREFIXES,
     ),
     Architecture(
         "JambaForCausalLM",
