@@ -18,7 +18,8 @@ def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int) -> Frequencies
     """The frequencies of one set of RoPE parameters, `config.rope_parameters` in transformers.
 
     Formulas: `transformers.modeling_rope_utils` (linear: kaiokendev; llama3: Llama 3.1 release; yarn: Peng et al.,
-    arXiv 2309.00071; longrope: Ding et al., arXiv 2402.13753).
+    arXiv 2309.00071; longrope: Ding et al., arXiv 2402.13753; proportional: Gemma 4, a part of whose pairs has
+    frequency 0).
 
     Args:
         rope: The parameters; `rope_type` is one of `SUPPORTED_ROPE_TYPES`. longrope means its long factors, which vLLM
@@ -40,12 +41,15 @@ def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int) -> Frequencies
         return _llama3(plain, rope)
     if rope_type == "yarn":
         return _yarn(plain, rope, base, rotary_dim)
+    if rope_type == "proportional":
+        is_rotated = torch.arange(len(plain)) < int(rope.get("partial_rotary_factor", 1.0) * rotary_dim // 2)
+        return torch.where(is_rotated, plain, 0.0) / float(rope.get("factor") or 1.0)
     if rope_type == "longrope":
         return plain / torch.tensor(rope["long_factor"], dtype=torch.float32)
     raise ValueError(unsupported_rope_type(rope_type))
 
 
-SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 def unsupported_rope_type(rope_type: str) -> str:
@@ -65,6 +69,8 @@ def rope_parameters(hf_text_config: Any) -> Iterator[dict[str, Any]]:
     Reads `rope_parameters` as transformers 5 and vLLM's config loader (`patch_rope_parameters`) leave it.
     """
     parameters = getattr(hf_text_config, "rope_parameters", None) or {}
+    if not parameters and getattr(hf_text_config, "rotary_dim", None):  # GPT-J, whose config says no more than that
+        parameters = {"rope_type": "default"}
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
     for one in nested or ([parameters] if parameters else []):
         one = dict(one)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
 from .attention import SelfExtendImpl
 from .binding import bind_models, change_numbers
@@ -20,11 +20,9 @@ class SelfExtendWorker:
         """Load the model, and give its layers their rotations."""
         super().load_model(**kwargs)  # type: ignore[misc]
         for layer in self._layers():
-            if layer.head_size_v != layer.head_size:
-                raise ValueError(
-                    f"Self-Extend cannot serve {self.vllm_config.model_config.model}: {layer.layer_name} has keys of "
-                    f"{layer.head_size} and values of {layer.head_size_v} dimensions; they must have the same."
-                )
+            if reason := _unsupported_reason(layer):
+                model = self.vllm_config.model_config.model
+                raise ValueError(f"Self-Extend cannot serve {model}: {layer.layer_name} {reason}")
         if read_plan(self.vllm_config).group_size > 1:
             bind_models(self.model_runner, self.vllm_config)
 
@@ -43,3 +41,15 @@ class SelfExtendWorker:
     def change_numbers(self, group_size: int, neighbor_window: int) -> None:
         """Go on with other numbers; called through vLLM's `collective_rpc`. See `binding.change_numbers`."""
         change_numbers(self.model_runner, self.vllm_config, group_size, neighbor_window)
+
+
+def _unsupported_reason(layer: Attention) -> str | None:
+    """Why a layer cannot be served, whether it groups positions or not; None if it can."""
+    if type(layer) not in (Attention, ChunkedLocalAttention):
+        return (
+            f"is a {type(layer).__name__}. Self-Extend knows vLLM's Attention and ChunkedLocalAttention; others keep "
+            "other keys, or let tokens see others than those before them."
+        )
+    if layer.head_size_v != layer.head_size:
+        return f"has keys of {layer.head_size} and values of {layer.head_size_v} dimensions; they must have the same."
+    return None

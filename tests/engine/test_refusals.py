@@ -13,6 +13,8 @@ from vllm import LLM
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
+from vllm.model_executor.models import llama
 from vllm.platforms.interface import DeviceCapability
 
 import vllm_selfextend.backends as backends
@@ -311,6 +313,13 @@ def test_a_layer_that_the_model_does_not_use_cannot_serve(
 ) -> None:
     monkeypatch.setattr(Attention, "forward", lambda self, query, key, value: torch.zeros_like(query))
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.attn: the model does not use this layer"):
+        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+
+
+def test_layers_of_another_kind_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HRM's, whose prompts attend in both directions."""
+    monkeypatch.setattr(llama, "Attention", PrefillPrefixLMAttention)
+    with pytest.raises(ValueError, match=r"cannot serve .*: model\.layers\.0.* is a PrefillPrefixLMAttention, which"):
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
 
 

@@ -25,6 +25,7 @@ ROPES = {
         "beta_slow": 2.0,
         "truncate": False,
     },
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.25},
     "longrope": {
         "rope_type": "longrope",
         "short_factor": [1.0] * 32,
@@ -58,10 +59,8 @@ def test_angles_stay_exact_far_out() -> None:
 def test_unsupported_types_are_named() -> None:
     with pytest.raises(ValueError, match=r"'dynamic' \(dynamic NTK\): the frequencies move with the length"):
         inverse_frequencies({"rope_type": "dynamic"}, 8)
-    with pytest.raises(
-        ValueError, match=r"'proportional' is not supported\. Supported are default, linear, llama3, yarn"
-    ):
-        inverse_frequencies({"rope_type": "proportional"}, 8)
+    with pytest.raises(ValueError, match=r"'spiral' is not supported\. Supported are default, linear, llama3, yarn"):
+        inverse_frequencies({"rope_type": "spiral"}, 8)
 
 
 def test_parameters_a_layer_type() -> None:
