@@ -326,7 +326,10 @@ ARCHITECTURES: list[Architecture] = [
         of("GraniteMoeSWAConfig", **GRANITE, **LOCAL_MOE, **SLIDING, shared_intermediate_size=48),
     ),
     Architecture(
-        "PhiMoEForCausalLM", "Phi-3.5-MoE", of("PhimoeConfig", **LOCAL_MOE, lm_head_bias=True, attention_bias=True)
+        "PhiMoEForCausalLM",
+        "Phi-3.5-MoE",
+        of("PhimoeConfig", **LOCAL_MOE, attention_bias=True),
+        notes="(vLLM leaves out the bias of its head; compared without one)",
     ),
     Architecture(
         "StableLmForCausalLM",
@@ -493,7 +496,8 @@ ARCHITECTURES: list[Architecture] = [
             "swa_head_dim": 32,
             "swa_v_head_dim": 32,
             "swa_num_attention_heads": 4,
-            "swa_num_key_value_heads": 2,
+            "swa_num_key_value_heads": 4,
+            "add_swa_attention_sink_bias": True,
             "layernorm_epsilon": 1e-5,
             "rope_theta": 5000000.0,
             "swa_rope_theta": 10000.0,
