@@ -273,6 +273,13 @@ def named_as_exaone(path: Path) -> None:
     save_file(_renamed(path, names), path / "model.safetensors")
 
 
+def with_experts_as_published(path: Path) -> None:
+    """Qwen3-VL's experts lie the other way around in published checkpoints than in what transformers 5 writes."""
+    weights = load_file(path / "model.safetensors")
+    turned = {name: weight.transpose(1, 2).contiguous() for name, weight in weights.items() if ".experts." in name}
+    save_file({**weights, **turned}, path / "model.safetensors")
+
+
 ARCHITECTURES: list[Architecture] = [
     # Those of the tests, the rotations that reach far among them.
     Architecture("LlamaForCausalLM", "Llama 1, 2, 3, Yi, DeepSeek-Coder, SmolLM2, Tulu", known("llama")),
@@ -391,7 +398,10 @@ ARCHITECTURES: list[Architecture] = [
         "Llama4ForCausalLM", "Llama 4 Scout, Maverick", of("Llama4TextConfig", **LLAMA4, attention_chunk_size=32)
     ),
     Architecture(
-        "MiniMaxM2ForCausalLM", "MiniMax-M2", of("MiniMaxM2Config", **LOCAL_MOE, rotary_dim=16, scoring_func="sigmoid")
+        "MiniMaxM2ForCausalLM",
+        "MiniMax-M2",
+        of("MiniMaxM2Config", **LOCAL_MOE, rotary_dim=16, scoring_func="sigmoid"),
+        served={"use_routing_bias": True},
     ),
     Architecture(
         "Glm4MoeForCausalLM",
@@ -944,6 +954,7 @@ ARCHITECTURES: list[Architecture] = [
         "Qwen3-VL-30B-A3B, 235B-A22B",
         beside("Qwen3VLMoeConfig", of("Qwen3VLMoeTextConfig", **AXES, **MOE, norm_topk_prob=True), QWEN3_VISION),
         engine=TEXT_ALONE,
+        convert=with_experts_as_published,
     ),
     Architecture(
         "Qwen3_5ForConditionalGeneration",
