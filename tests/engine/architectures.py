@@ -190,6 +190,7 @@ class Architecture:
         save_tokenizer(path)
         config_file = path / "config.json"
         config = json.loads(config_file.read_text()) | {"architectures": [self.name]}
+        config.get("text_config", {}).pop("architectures", None)  # transformers names a class that has no head
         config_file.write_text(json.dumps(config))
         shutil.copytree(path, for_oracle)
         config.get("text_config", config).update(self.oracle)
@@ -1009,7 +1010,7 @@ ARCHITECTURES: list[Architecture] = [
                 moe_intermediate_size=[48, 32],
                 moe_num_shared_experts=1,
             ),
-            {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64, "embed_dim": 32},
+            {"depth": 2, "num_heads": 2, "hidden_size": 32, "intermediate_size": 64, "embed_dim": 32, "mlp_ratio": 2},
         ),
         engine=TEXT_ALONE,
         unbiased=True,
