@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import textwrap
 import time
 import traceback
 from collections import Counter
@@ -269,20 +270,23 @@ def write_json(path: Path, results: list[Result]) -> list[Result]:
 
 def outcome(result: Result) -> str:
     """A row's last column."""
+
+    def short(text: str) -> str:
+        return textwrap.shorten(text, 240, placeholder=" ...")
+
     if result.status == "proved":
         through = " through vLLM's Transformers backend" if result.model.startswith("Transformers") else ""
         return f"**proved**{through}"
-    reason = result.reason.removeprefix("Self-Extend cannot serve it: ")
+    stock, reason = short(result.stock), result.reason.removeprefix("Self-Extend cannot serve it: ")
     if result.status == "refused":
-        agrees = "" if result.stock == "as transformers" else f" (stock vLLM {result.stock})" if result.stock else ""
-        return f"refused: {reason}{agrees}"
+        return f"refused: {reason}" + (f" (stock vLLM {stock})" if stock not in ("", "as transformers") else "")
     if result.status == "no oracle":
         return f"not compared: {reason}"
     if result.status == "differs":
-        return f"**differs**: {reason}; stock vLLM on short texts: {result.stock}"
-    if result.stock.startswith("fails: "):
-        return f"not runnable here: stock vLLM fails too: {result.stock.removeprefix('fails: ')}"
-    return f"not runnable here: {reason}; stock vLLM on short texts: {result.stock}"
+        return f"**differs**: {short(reason)}; stock vLLM on short texts: {stock}"
+    if stock.startswith("fails: "):
+        return f"not runnable here, stock vLLM fails too: `{stock.removeprefix('fails: ')}`"
+    return f"not runnable here: `{short(reason)}`; stock vLLM on short texts: {stock}"
 
 
 def without_row() -> tuple[list[str], list[str]]:
