@@ -55,7 +55,7 @@ GATED_DELTA = {
     "linear_num_value_heads": 4,
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 256}
-MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32}
+MLA = {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "v_head_dim": 64, "qk_nope_head_dim": 48}
 NO_PREFIXES: dict[str, Any] = {
     "engine": {"enable_prefix_caching": False},
     "notes": "(vLLM's Mamba 2 for CPUs fails with prefix caching; run without)",
