@@ -356,7 +356,10 @@ ARCHITECTURES: list[Architecture] = [
         of("GPTNeoXConfig", "num_key_value_heads", **default_rope(partial_rotary_factor=0.25)),
     ),
     Architecture(
-        "GPTJForCausalLM", "GPT-J-6B", of("GPTJConfig", "num_key_value_heads", "head_dim", rotary_dim=16, n_inner=96)
+        "GPTJForCausalLM",
+        "GPT-J-6B",
+        of("GPTJConfig", "num_key_value_heads", "head_dim", rotary_dim=16, n_inner=96),
+        oracle={"n_positions": 256},  # the length of its table
     ),
     Architecture("NemotronForCausalLM", "Nemotron-4, Minitron", of("NemotronConfig")),
     Architecture("Starcoder2ForCausalLM", "StarCoder2", of("Starcoder2Config", sliding_window=None)),

@@ -192,10 +192,10 @@ def save_random_adapter(name: str, folder: Path, seed: int = 1) -> str:
     weights = {}
     for layer in range(config.num_hidden_layers):
         for module, size in sizes.items():
-            path = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}"
             for matrix, shape in {"A": (rank, config.hidden_size), "B": (size, rank)}.items():
                 drawn = torch.randn(shape, generator=generator)
-                weights[f"{path}.lora_{matrix}.weight"] = config.initializer_range * drawn
+                weights[f"{prefix}.lora_{matrix}.weight"] = config.initializer_range * drawn
     path = folder / f"{name}-adapter-{seed}"
     path.mkdir(exist_ok=True)
     save_file(weights, path / "adapter_model.safetensors")
