@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+import textwrap
 import time
 import traceback
 from collections import Counter
@@ -125,7 +126,7 @@ def _child(sender: Connection, log: Path, step: Callable[..., Any], args: tuple[
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    # vLLM looks at a model's class in a process of its own, which takes ten seconds to start; this one has just that task.
+    # vLLM looks at a model's class in a process that takes ten seconds to start; this one is new as well.
     registry._run_in_subprocess = lambda function: function()
     try:
         start = time.monotonic()
@@ -144,8 +145,9 @@ def _innermost(error: BaseException) -> str:
         found = cause
     lines = [line.strip() for line in str(found).splitlines() if line.strip()]
     pydantic = [line for line in lines if _is_refusal(line) or line.startswith("Value error, ")]
-    code = traceback.extract_tb(found.__traceback__)[-1].line if found.__traceback__ else ""
-    return f"{type(found).__name__}: {(pydantic or lines or [code])[0].split(' [type=')[0]}"
+    frames = traceback.extract_tb(found.__traceback__)
+    code = frames[-1].line if frames else None
+    return f"{type(found).__name__}: {(pydantic or lines or [code or ''])[0].split(' [type=')[0]}"
 
 
 def _is_refusal(message: str) -> bool:
@@ -268,20 +270,23 @@ def write_json(path: Path, results: list[Result]) -> list[Result]:
 
 def outcome(result: Result) -> str:
     """A row's last column."""
+
+    def short(text: str) -> str:
+        return textwrap.shorten(text, 240, placeholder=" ...")
+
     if result.status == "proved":
         through = " through vLLM's Transformers backend" if result.model.startswith("Transformers") else ""
         return f"**proved**{through}"
-    reason = result.reason.removeprefix("Self-Extend cannot serve it: ")
+    stock, reason = short(result.stock), result.reason.removeprefix("Self-Extend cannot serve it: ")
     if result.status == "refused":
-        agrees = "" if result.stock == "as transformers" else f" (stock vLLM {result.stock})" if result.stock else ""
-        return f"refused: {reason}{agrees}"
+        return f"refused: {reason}" + (f" (stock vLLM {stock})" if stock not in ("", "as transformers") else "")
     if result.status == "no oracle":
         return f"not compared: {reason}"
     if result.status == "differs":
-        return f"**differs**: {reason}; stock vLLM on short texts: {result.stock}"
-    if result.stock.startswith("fails: "):
-        return f"not runnable here: stock vLLM fails too: {result.stock.removeprefix('fails: ')}"
-    return f"not runnable here: {reason}; stock vLLM on short texts: {result.stock}"
+        return f"**differs**: {short(reason)}; stock vLLM on short texts: {stock}"
+    if stock.startswith("fails: "):
+        return f"not runnable here, stock vLLM fails too: `{stock.removeprefix('fails: ')}`"
+    return f"not runnable here: `{short(reason)}`; stock vLLM on short texts: {stock}"
 
 
 def without_row() -> tuple[list[str], list[str]]:
@@ -303,31 +308,33 @@ def docs(results: list[Result]) -> str:
     counts = Counter(result.status for result in results)
     proved = {result.name for result in results if result.status == "proved"}
     unknown, others = without_row()
-    lines = [
-        "# Models",
-        "",
-        f"What becomes of each decoder architecture of vLLM {vllm.__version__.split('+')[0]}, found out by running it: a",
-        "tiny random checkpoint, served with Self-Extend through vLLM on a CPU in float32, its greedy tokens and all",
-        "log-probabilities, of prompts and answers, held against a second implementation that shares no code with this",
-        f"project (transformers {transformers.__version__} in eager, scores straight from the paper). The texts end on both",
-        f"sides of the window and of the trained length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.",
-        "",
-        "Models of images, video or sound are served with text alone. What is not proved was put to stock vLLM too, with",
-        "short texts: where the row says nothing else, it agrees with transformers there. A row says so when vLLM runs the",
-        "architecture through its Transformers backend.",
-        "",
-        "```",
-        "make models  # python -m benchmarks.model_matrix --docs",
-        "```",
-        "",
-        f"Version {vllm_selfextend.__version__} of this project: **{len(proved)} architectures proved**, in {counts['proved']} rows;"
-        f" {counts['refused']} rows refused at start-up,",
-        f"{counts['not runnable']} not runnable on this CPU, {counts['differs']} different. Every number is in",
-        "[model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).",
-        "",
-        "| architecture | families | |",
-        "|---|---|---|",
-    ]
+    vllm_version, hf_version = vllm.__version__.split("+")[0], transformers.__version__
+    kinds = ("proved", "refused", "differs", "not runnable")
+    rows, refused, different, not_run = (counts[kind] for kind in kinds)
+    text = f"""# Models
+
+What becomes of each decoder architecture of vLLM {vllm_version}, found out by running it: a tiny random checkpoint is
+served with Self-Extend through vLLM on a CPU, in float32, and its greedy tokens and all log-probabilities, of prompts
+and answers, are held against a second implementation that shares no code with this project (transformers
+{hf_version} in eager, scores straight from the paper). The texts end on both sides of the window and of the trained
+length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.
+
+Models of images, video or sound are served with text alone. What is not proved was put to stock vLLM too, with short
+texts; where a row says nothing of it, it agrees with transformers there. A row says so if vLLM runs the architecture
+through its Transformers backend.
+
+```
+make models  # python -m benchmarks.model_matrix --docs
+```
+
+Version {vllm_selfextend.__version__} of this project: **{len(proved)} architectures proved**, in {rows} rows;
+{refused} rows refused at start-up, {not_run} not runnable on this CPU, {different} different. Every number is in
+[model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).
+
+| architecture | families | |
+|---|---|---|
+"""
+    lines = [text.rstrip("\n")]
     for result in results:
         title = f"{result.name}, {result.variant}" if result.variant else result.name
         notes = f" {result.notes}" if result.notes else ""
@@ -335,7 +342,7 @@ def docs(results: list[Result]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        f"transformers {transformers.__version__} has no implementation to compare these {len(unknown)} of vLLM's registry with:",
+        f"transformers {hf_version} has no implementation to compare these {len(unknown)} of vLLM's registry with:",
         f"{', '.join(unknown)}.",
         "",
         f"These {len(others)} have not been tried: {', '.join(others)}.",

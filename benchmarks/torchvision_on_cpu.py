@@ -1,6 +1,6 @@
 """PyPI's torchvision beside a CPU build of PyTorch, for the models of images whose code imports it.
 
-It is for CUDA, cannot load its operators there, and stops because two of them are not known by name. Texts call neither.
+It is for CUDA, cannot load its operators there, and stops because two are not known by name. Texts need neither.
 """
 
 import contextlib

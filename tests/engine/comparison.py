@@ -69,7 +69,9 @@ def compare(found: list[Generated], expected: list[torch.Tensor]) -> float:
     return greatest
 
 
-def check(llm: LLM, oracle: Callable, checkpoint: str, texts: list[list[int]], method: SelfExtend) -> None:
+def check(
+    llm: LLM, oracle: Callable[..., list[torch.Tensor]], checkpoint: str, texts: list[list[int]], method: SelfExtend
+) -> None:
     """Generate greedily and compare with the oracle at every position of prompts and answers."""
     found = generate(llm, texts)
     compare(found, oracle(checkpoint, [one.tokens for one in found], method))

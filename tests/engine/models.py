@@ -169,8 +169,8 @@ def random_model(
                 parameter.normal_(3.0, 1.0)
             elif "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-            elif name.endswith(("act_fn.alpha_p", "act_fn.alpha_n")):  # xIELU's, for which vLLM has bfloat16
-                parameter.copy_(parameter.bfloat16())
+            elif name.endswith(("act_fn.alpha_p", "act_fn.alpha_n")):  # xIELU's
+                parameter.fill_(-20.0)  # vLLM has its softplus in bfloat16; this one is 0
     return model
 
 
@@ -192,10 +192,10 @@ def save_random_adapter(name: str, folder: Path, seed: int = 1) -> str:
     weights = {}
     for layer in range(config.num_hidden_layers):
         for module, size in sizes.items():
-            path = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}"
             for matrix, shape in {"A": (rank, config.hidden_size), "B": (size, rank)}.items():
                 drawn = torch.randn(shape, generator=generator)
-                weights[f"{path}.lora_{matrix}.weight"] = config.initializer_range * drawn
+                weights[f"{prefix}.lora_{matrix}.weight"] = config.initializer_range * drawn
     path = folder / f"{name}-adapter-{seed}"
     path.mkdir(exist_ok=True)
     save_file(weights, path / "adapter_model.safetensors")

@@ -2,8 +2,8 @@
 
 A transformers model computes each layer's queries and keys three times, with its own code: as it is, with queries
 rotated to grouped positions, and with keys rotated to grouped positions. For that, the model's rotary function gets
-other rows of its cosines and sines; nothing else of the layer's code is changed, so that whatever a model does before or
-after the rotation (norms, scales, dimensions left alone) is in the result. This module's attention then picks each
+other rows of its cosines and sines; nothing else of the layer's code is changed, so that whatever a model does before
+or after the rotation (norms, scales, dimensions left alone) is in the result. This module's attention then picks each
 score by `i - j < W`. The whole sequence is computed at once, without a cache.
 """
 
@@ -89,9 +89,11 @@ def _outputs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) ->
             yield model(input_ids=torch.tensor([tokens]), use_cache=False, output_hidden_states=True, return_dict=True)
 
 
-def _interface(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
-    attend = module.oracle.attend
-    return attend(module, query, key, value, attention_mask, scaling, softcap, s_aux, kwargs.get("sliding_window"))
+def _interface(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: Any = None, **kwargs: Any
+) -> Any:
+    others = (kwargs.get(name) for name in ("softcap", "s_aux", "sliding_window"))
+    return module.oracle.attend(module, query, key, value, attention_mask, scaling, *others)
 
 
 class _CapturedError(Exception):
@@ -115,18 +117,18 @@ class _Oracle:
     """
 
     method: SelfExtend
-    calls: list[tuple[nn.Module, tuple, dict]] = field(default_factory=list)
+    calls: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     rows: torch.Tensor | None = None
     run: str = "as it is"
     rotated: set[nn.Module] = field(default_factory=set)
-    shared: dict[str, UserDict] = field(default_factory=dict)
+    shared: dict[str, UserDict[Any, Any]] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def within(self, model: nn.Module) -> Iterator[None]:
         """Within the context the model's attention is this class's."""
         with contextlib.ExitStack() as stack:
             for one in model.modules():
-                one.oracle = self
+                one.__dict__["oracle"] = self  # an attribute that is no module
                 if hasattr(one, "config") and hasattr(one.config, "_attn_implementation"):
                     stack.enter_context(_implementation(one.config))
                 stack.callback(one.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
@@ -144,18 +146,18 @@ class _Oracle:
                     stack.enter_context(attend)
             yield
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.calls.append((module, args, kwargs))
         if self.run == "as it is":
             self.rotated.discard(module)
 
-    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.calls.pop()
 
-    def _rotary(self, function: Callable) -> Callable:
+    def _rotary(self, function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)
 
-        def rotary(*args, **kwargs):
+        def rotary(*args: Any, **kwargs: Any) -> Any:
             self.rotated.update(module for module, _, _ in self.calls)
             bound = signature.bind(*args, **kwargs)
             for name in ROTARY_TABLES:
@@ -185,7 +187,18 @@ class _Oracle:
             del self.calls[depth:]
         raise AssertionError("a layer did not attend when it was run once more")
 
-    def attend(self, module, query, key, value, mask, scaling, softcap, sinks, sliding_window):
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float | None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        sliding_window: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """`[1, heads, tokens, head_size]` queries, keys and values to `[1, tokens, heads, head_size]`."""
         if self.run != "as it is":
             raise _CapturedError(query, key)
@@ -221,19 +234,18 @@ class _Oracle:
         is_local = kinds is not None and index is not None and kinds[index] in LOCAL_ATTENTION
         return self.calls[-1][0] in self.rotated and not (is_local or sliding_window)
 
-    def _of_pytorch(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        attended, _ = self.attend(self.calls[-1][0], query, key, value, attn_mask, scale, None, None, None)
-        return attended.transpose(1, 2)
+    def _of_pytorch(
+        self, query: Any, key: Any, value: Any, attn_mask: Any = None, scale: Any = None, **others: Any
+    ) -> torch.Tensor:
+        return self.attend(self.calls[-1][0], query, key, value, attn_mask, scale)[0].transpose(1, 2)
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
     return query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(2, 3) * scaling
 
 
-def _gptj_attention(self, query, key, value, attention_mask=None):
-    attended, weights = self.oracle.attend(
-        self, query, key, value, attention_mask, 1.0 / float(self.scale_attn), None, None, None
-    )
+def _gptj_attention(self: Any, query: Any, key: Any, value: Any, attention_mask: Any = None) -> Any:
+    attended, weights = self.oracle.attend(self, query, key, value, attention_mask, 1.0 / float(self.scale_attn))
     return attended.transpose(1, 2), weights
 
 
