@@ -38,7 +38,7 @@ from vllm.model_executor.models import registry
 
 import vllm_selfextend
 from tests.engine import oracle
-from tests.engine.architectures import ARCHITECTURES, Architecture
+from tests.engine.architectures import ARCHITECTURES, BY_TITLE, Architecture
 from tests.engine.comparison import NEW_TOKENS, TOLERANCE, Generated, compare, generate, prompts
 from tests.engine.conftest import ENGINE_DEFAULTS
 from tests.engine.models import TRAINED_LENGTH, random_prompts
@@ -52,7 +52,6 @@ REFUSALS = ("Self-Extend cannot serve", "Self-Extend (attention backend CUSTOM) 
 STATES_TOLERANCE = 1e-4
 """Of a normalised state's numbers, and of a class's probability."""
 
-BY_TITLE = {one.title: one for one in ARCHITECTURES}
 PRELOADED = [
     "benchmarks.torchvision_on_cpu",
     "tests.engine.conftest",

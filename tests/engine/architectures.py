@@ -1121,3 +1121,5 @@ ARCHITECTURES: list[Architecture] = [
         notes="(as Llama with biases)",
     ),
 ]
+
+BY_TITLE = {one.title: one for one in ARCHITECTURES}
