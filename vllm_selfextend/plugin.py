@@ -23,6 +23,7 @@ _INTERFACE = (
         "KVConnectorFactory.create_connector",
         ("config", "role", "kv_cache_config"),
     ),
+    ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "skip_compiled")),
     ("vllm.platforms.interface", "Platform.get_attn_backend_cls", ("selected_backend", "attn_selector_config")),
     ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.CUSTOM", ()),
     ("vllm.v1.attention.backend", "AttentionBackend.validate_configuration", ()),

@@ -29,7 +29,6 @@ LOCAL_MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
 TEXT_ALONE = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 IMAGES_ALONE = {"limit_mm_per_prompt": {"image": 0}}
-AUDIO_ALONE = {"limit_mm_per_prompt": {"audio": 0}}
 
 
 def default_rope(**more: Any) -> dict[str, Any]:
@@ -84,19 +83,6 @@ VISION = {
 CLIP = {"model_type": "clip_vision_model", **VISION}
 SIGLIP = {"model_type": "siglip_vision_model", **VISION, "vision_use_head": False}
 PIXTRAL = {"model_type": "pixtral", **VISION, "head_dim": 16}
-AUDIO = {
-    "model_type": "qwen2_audio_encoder",
-    "d_model": 32,
-    "encoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_dim": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_mel_bins": 16,
-    "max_source_positions": 16,
-}
 QWEN3_VISION = {
     "depth": 2,
     "num_heads": 2,

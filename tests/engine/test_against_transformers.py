@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from vllm import SamplingParams
 
 from .architectures import BY_TITLE
 from .comparison import check, prompts
-from .models import TRAINED_LENGTH
+from .models import TRAINED_LENGTH, random_prompts
 from .oracle import SelfExtend
 
 # Group sizes that divide the window and that do not; capacities (64 - W + W // G) * G.
@@ -59,6 +60,27 @@ def test_tokens_equal_the_papers(title: str, start_engine: Callable, oracle: Cal
     method = SelfExtend(group_size, neighbor_window, TRAINED_LENGTH if exact_short else 0)
     texts = prompts(group_size, neighbor_window, max_model_len, block_size=32)
     check(llm, oracle, for_oracle, texts, method)
+
+
+def test_prefix_hits_of_a_hybrid(start_engine: Callable, oracle: Callable, tmp_path: Path) -> None:
+    """The state of its convolutions comes from the cache as well."""
+    architecture = BY_TITLE["Lfm2MoeForCausalLM"]
+    path, for_oracle = architecture.save(tmp_path)
+    llm = start_engine(
+        path,
+        attention_backend="CUSTOM",
+        max_model_len=245,
+        additional_config={"self_extend": {"group_size": 5, "neighbor_window": 18}},
+        **architecture.engine,
+    )
+    (text,) = random_prompts([220], seed=1)
+    greedy = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+    for prompt in (text[:210], text[:210], text):
+        (output,) = llm.generate({"prompt_token_ids": prompt}, greedy, use_tqdm=False)
+        answer = list(output.outputs[0].token_ids)
+        (logprobs,) = oracle(for_oracle, [prompt + answer], SelfExtend(5, 18, TRAINED_LENGTH))
+        assert logprobs[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+    assert output.num_cached_tokens >= 192
 
 
 def test_images_where_texts_alone_are_served(start_engine: Callable, tmp_path: Path) -> None:
