@@ -364,7 +364,8 @@ length. **Proved** means: every token the same, every log-probability within {TO
 
 Models of images, video or sound are served with text alone, with a stand-in for torchvision. What is not proved was put
 to stock vLLM too, with short texts; where a row says nothing of it, it agrees with transformers there. A row says so if
-vLLM runs the architecture through its Transformers backend.
+vLLM runs the architecture through its Transformers backend. Of those that are not runnable, stock vLLM fails to load the
+model; Self-Extend has nothing to object to in their configs.
 
 ```
 make models  # python -m benchmarks.model_matrix --docs

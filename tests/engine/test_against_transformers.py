@@ -107,11 +107,11 @@ def test_what_only_the_loaded_model_tells(title: str, start_engine: Callable, tm
         start_engine(path, attention_backend="CUSTOM", max_model_len=245, **BY_TITLE[title].engine)
 
 
-@pytest.mark.parametrize("name", ["llama", "cohere", "phi", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "cohere", "phi", "gemma2", "gemma3"])
 def test_through_vllms_transformers_backend(
     name: str, checkpoint: Callable, start_engine: Callable, oracle: Callable
 ) -> None:
-    """Pairs as halves and interleaved, on all dimensions and on some."""
+    """Pairs as halves and interleaved, on all dimensions and on some; a rotation for each kind of layer."""
     path = checkpoint(name)
     llm = start_engine(
         path,
