@@ -364,8 +364,8 @@ length. **Proved** means: every token the same, every log-probability within {TO
 
 Models of images, video or sound are served with text alone, with a stand-in for torchvision. What is not proved was put
 to stock vLLM too, with short texts; where a row says nothing of it, it agrees with transformers there. A row says so if
-vLLM runs the architecture through its Transformers backend. Of those that are not runnable, stock vLLM fails to load the
-model; Self-Extend has nothing to object to in their configs.
+vLLM runs the architecture through its Transformers backend. Of those that are not runnable, stock vLLM fails to load
+the model; Self-Extend has nothing to object to in their configs.
 
 ```
 make models  # python -m benchmarks.model_matrix --docs
@@ -389,7 +389,8 @@ number is in [model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).
         f"transformers {hf_version} has no implementation to compare these {len(unknown)} of vLLM's registry with:",
         f"{', '.join(unknown)}.",
         "",
-        f"These {len(others)} have not been tried: {', '.join(others)}.",
+        f"Of these {len(others)}, speech and retrieval models among them, no tiny version has been made; nothing is known:",
+        f"{', '.join(others)}.",
     ]
     return "\n".join(lines) + "\n"
 
