@@ -389,7 +389,7 @@ number is in [model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).
         f"transformers {hf_version} has no implementation to compare these {len(unknown)} of vLLM's registry with:",
         f"{', '.join(unknown)}.",
         "",
-        f"Of these {len(others)}, speech and retrieval models among them, no tiny version has been made; nothing is known:",
+        f"Of these {len(others)}, models of speech among them, no tiny version has been made; nothing is known:",
         f"{', '.join(others)}.",
     ]
     return "\n".join(lines) + "\n"
