@@ -12,6 +12,7 @@ from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+from vllm.model_executor.models import supports_multimodal
 
 from .attention import SelfExtendImpl
 from .backends.interface import Rotation, num_rotation_steps
@@ -109,11 +110,15 @@ def _nothing_to_extend(layers: dict[str, Attention]) -> str:
     )
 
 
-def _known_frequencies(model: nn.Module, model_config: ModelConfig, length: int) -> list[Frequencies]:
-    """The frequencies of all rotary modules, each once and checked; the tables of vLLM's are lengthened."""
+def _known_frequencies(model: Any, model_config: ModelConfig, length: int) -> list[Frequencies]:
+    """The frequencies of all rotary modules, each once and checked; the tables of vLLM's are lengthened.
+
+    A vision tower has rotations of its own, of which the text config says nothing.
+    """
     config = model_config.hf_text_config
     found: dict[bytes, Frequencies] = {}
-    for path, module in model.named_modules():
+    text_model = model.get_language_model() if supports_multimodal(model) else model
+    for path, module in text_model.named_modules():
         with _naming(model_config.model, path):
             if is_vllm_rotary(module):
                 frequencies = vllm_frequencies(module, config)

@@ -23,7 +23,7 @@ class Submodules(MetaPathFinder, Loader):
     """Finds every submodule."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.startswith(f"{__name__}.") else None
+        return ModuleSpec(name, self, is_package=True) if name.startswith("torchvision.") else None
 
     def exec_module(self, module: ModuleType) -> None:
         module.__getattr__ = anything  # type: ignore[method-assign]
