@@ -81,8 +81,9 @@ def engines() -> Iterator[Callable[..., LLM]]:
     def stop() -> None:
         if running:
             running.pop().llm_engine.engine_core.shutdown()
-            gc.collect()
-            cleanup_dist_env_and_memory()
+        # An engine that did not start leaves its process groups too, which another model may not do with.
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
     def start(model: str | Path, **settings: Any) -> LLM:
         stop()
