@@ -74,6 +74,8 @@ def bind_model(
     """
     name, plan = model_config.model, read_plan(vllm_config)
     layers = dict(_attention_layers(model))
+    if (layers or must_extend) and (reason := _left_out(model)):
+        raise ValueError(f"Self-Extend cannot serve {name}: {reason}")
     known = _known_frequencies(model, model_config, plan.max_model_len)
     positions = probe_positions(plan.max_model_len)
     probed = _probe(model, layers, positions, model_config, model_runner, vllm_config)
@@ -95,6 +97,18 @@ def bind_model(
         layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved))
     if not tables and must_extend:
         raise ValueError(f"Self-Extend cannot serve {name}: {_nothing_to_extend(layers)}")
+
+
+def _left_out(model: nn.Module) -> str | None:
+    """Why a layer that sees the whole context would not be extended; None if there is no such layer."""
+    for path, module in model.named_modules():
+        is_ours = isinstance(module, Attention) and isinstance(module.impl, SelfExtendImpl)
+        if isinstance(module, Attention) and module.sliding_window is None and not is_ours:
+            return (
+                f"{path} sees the whole context and has another attention backend, {module.backend.name}, which the "
+                "model's code chose, or backend_per_kind."
+            )
+    return None
 
 
 def _nothing_to_extend(layers: dict[str, Attention]) -> str:

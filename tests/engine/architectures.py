@@ -70,7 +70,7 @@ GEMMA4 = {
     "layer_types": [SLIDES, FULL, SLIDES, FULL],
     "vocab_size_per_layer_input": 160,
     "hidden_size_per_layer_input": 16,
-    "global_head_dim": 32,
+    "global_head_dim": 64,
 }
 VISION = {
     "hidden_size": 32,
@@ -502,11 +502,11 @@ ARCHITECTURES: list[Architecture] = [
     Architecture(
         "MiMoV2FlashForCausalLM",
         "MiMo-V2-Flash",
-        of("MiMoV2FlashConfig", **SLIDING, **ROUTED_MOE, v_head_dim=32),
+        of("MiMoV2FlashConfig", **{**SLIDING, **ROUTED_MOE, "head_dim": 48}, v_head_dim=32),
         served={
             "hybrid_layer_pattern": [1, 0, 1],
             "moe_layer_freq": [0, 1, 1],
-            "swa_head_dim": 32,
+            "swa_head_dim": 48,
             "swa_v_head_dim": 32,
             "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 4,

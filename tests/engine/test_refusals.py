@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.prefill_prefix_lm_attention import PrefillPrefixLMAttention
 from vllm.model_executor.models import llama
 from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 import vllm_selfextend.backends as backends
 from vllm_selfextend import engine_args, plugin, rotary_modules, support
@@ -320,6 +322,13 @@ def test_layers_of_another_kind_cannot_serve(checkpoint: Callable, monkeypatch: 
     """As HRM's, whose prompts attend in both directions."""
     monkeypatch.setattr(llama, "Attention", PrefillPrefixLMAttention)
     with pytest.raises(ValueError, match=r"model\.layers\.0.* is a PrefillPrefixLMAttention\. Self-Extend knows"):
+        LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+
+
+def test_layers_with_another_backend_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As MiMo V2's, whose code chooses it since its keys and values have different sizes."""
+    monkeypatch.setattr(llama, "Attention", partial(Attention, attn_backend=CPUAttentionBackend))
+    with pytest.raises(ValueError, match=r"layers\.0.* has another attention backend, CPU_ATTN"):
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
 
 
