@@ -592,7 +592,7 @@ ARCHITECTURES: list[Architecture] = [
     ),
     Architecture(
         "Zamba2ForCausalLM",
-        "Zamba2 1.2B, 2.7B, 7B",
+        "Zamba2, where use_mem_rope is set",
         of(
             "Zamba2Config",
             "head_dim",
