@@ -34,7 +34,7 @@ CUT = {
     "SmolLM3ForCausalLM": "layers without RoPE",
     "GraniteSWAForCausalLM": "layers without RoPE and with a window",
     "Qwen3MoeForCausalLM": "a choice of experts",
-    "GraniteMoeHybridForCausalLM (RoPE)": "Mamba layers",
+    "FalconH1ForCausalLM": "Mamba 2 beside attention in each layer",
     "Lfm2MoeForCausalLM": "short convolutions",
     "Qwen2VLForConditionalGeneration": "three position axes, texts alone",
 }
