@@ -51,6 +51,7 @@ RESULTS = Path("benchmarks/results/model_matrix.jsonl")
 DOCS = Path("docs/models.md")
 MARKER = "## Architecture by architecture"
 """From here on `--docs` writes the page; what stands before is written by hand."""
+GROUP_SIZE, NEIGHBOR_WINDOW, MAX_MODEL_LEN = 5, 18, 245
 SECONDS = 120
 """How long a step may take."""
 
@@ -79,7 +80,7 @@ class Result:
     """What became of an architecture.
 
     Attributes:
-        status: "proved", "close" (in bfloat16), "refused", "differs", "not runnable" or "no oracle".
+        status: "proved", "close" (in bfloat16), "refused", "differs" or "not runnable".
         reason: Why it is not proved.
         stock: What stock vLLM does with short texts: "as transformers", or what is wrong.
         model: The class of vLLM's that ran.
@@ -165,19 +166,18 @@ def save(title: str, folder: Path) -> tuple[str, str]:
 def serve(title: str, checkpoint: str, extended: bool) -> tuple[str, list[Any]]:
     """The class of vLLM's model, and what it generated, or the texts with their states or classes."""
     architecture = BY_TITLE[title]
-    group_size, window, max_model_len = architecture.numbers
     settings: dict[str, Any] = {**ENGINE_DEFAULTS, "dtype": architecture.dtype, "max_num_batched_tokens": 256}
     settings |= architecture.engine
     if architecture.task != "generate":
         settings |= {"runner": "pooling", "skip_tokenizer_init": False}
     if extended:
-        numbers = {"group_size": group_size, "neighbor_window": window, "exact_short": True}
+        numbers = {"group_size": GROUP_SIZE, "neighbor_window": NEIGHBOR_WINDOW, "exact_short": True}
         settings |= {
             "attention_backend": "CUSTOM",
-            "max_model_len": max_model_len,
+            "max_model_len": MAX_MODEL_LEN,
             "additional_config": {"self_extend": numbers},
         }
-        texts = prompts(group_size, window, max_model_len, block_size=32)
+        texts = prompts(GROUP_SIZE, NEIGHBOR_WINDOW, MAX_MODEL_LEN, block_size=32)
     else:
         settings["max_model_len"] = TRAINED_LENGTH
         texts = random_prompts((1, 5, 17, 18, 19, 33, TRAINED_LENGTH - NEW_TOKENS), seed=0)
@@ -196,8 +196,7 @@ def serve(title: str, checkpoint: str, extended: bool) -> tuple[str, list[Any]]:
 def hold(title: str, checkpoint: str, found: list[Any], extended: bool) -> float:
     """Hold what vLLM gave against the oracle; the greatest difference."""
     architecture = BY_TITLE[title]
-    group_size, window, _ = architecture.numbers
-    method = oracle.SelfExtend(group_size if extended else 1, window, TRAINED_LENGTH)
+    method = oracle.SelfExtend(GROUP_SIZE if extended else 1, NEIGHBOR_WINDOW, TRAINED_LENGTH)
     if architecture.task == "generate":
         generated: list[Generated] = found
         wanted = oracle.next_token_logprobs(checkpoint, [one.tokens for one in generated], method)
@@ -226,10 +225,9 @@ def hold_roughly(title: str, checkpoint: str, found: list[Generated], stock: lis
         AssertionError: It is not.
 
     """
-    group_size, window, _ = BY_TITLE[title].numbers
 
     def difference(generated: list[Generated], group: int, first: int) -> float:
-        method = oracle.SelfExtend(group, window, TRAINED_LENGTH)
+        method = oracle.SelfExtend(group, NEIGHBOR_WINDOW, TRAINED_LENGTH)
         expected = oracle.next_token_logprobs(checkpoint, [one.tokens for one in generated], method)
         differences = [
             torch.tensor(one.logprobs) - torch.from_numpy(logprobs)[range(len(one.tokens) - 1), one.tokens[1:]]
@@ -237,7 +235,7 @@ def hold_roughly(title: str, checkpoint: str, found: list[Generated], stock: lis
         ]
         return float(torch.cat([difference[first:] for difference in differences]).abs().mean())
 
-    right, less, more = (difference(found, group_size + step, TRAINED_LENGTH) for step in (0, -1, 1))
+    right, less, more = (difference(found, GROUP_SIZE + step, TRAINED_LENGTH) for step in (0, -1, 1))
     of_stock = difference(stock, 1, 0)
     said = (
         "in bfloat16, the only dtype of vLLM's code for it on a CPU: log-probabilities past the trained length differ "
@@ -258,8 +256,6 @@ def run(architecture: Architecture, log: Path) -> Result:
         names = architecture.name, architecture.variant, architecture.known_as
         return Result(*names, status, reason, seconds=seconds, notes=architecture.notes, **more)
 
-    if architecture.config is None:
-        return result("no oracle", f"no implementation to compare with in transformers {transformers.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         try:
             checkpoint, for_oracle = in_process(log, save, architecture.title, Path(folder))
@@ -324,8 +320,6 @@ def outcome(result: Result) -> str:
     stock, reason = short(result.stock), result.reason.removeprefix("Self-Extend cannot serve it: ")
     if result.status == "refused":
         return f"refused: {reason}" + (f" (stock vLLM {stock})" if stock not in ("", "as transformers") else "")
-    if result.status == "no oracle":
-        return f"not compared: {reason}"
     if result.status == "differs":
         return f"**differs**: {short(reason)}; stock vLLM on short texts: {stock}"
     if stock.startswith("fails: "):
@@ -409,6 +403,8 @@ def main(
     chosen = [one for one in ARCHITECTURES if not names or one.name in names or one.title in names]
     if names and (unknown := set(names) - {one.name for one in chosen} - {one.title for one in chosen}):
         raise typer.BadParameter(f"no such architecture: {', '.join(sorted(unknown))}")
+    if only not in ("", "missing", "unproved"):
+        raise typer.BadParameter(f"--only is {only!r}; it must be missing or unproved.")
     merged = write_json(json_file, [])
     if only:
         done = {(one.name, one.variant) for one in merged if only == "missing" or one.status == "proved"}

@@ -102,8 +102,9 @@ def bind_model(
 def _left_out(model: nn.Module) -> str | None:
     """Why a layer that sees the whole context would not be extended; None if there is no such layer."""
     for path, module in model.named_modules():
-        is_ours = isinstance(module, Attention) and isinstance(module.impl, SelfExtendImpl)
-        if isinstance(module, Attention) and module.sliding_window is None and not is_ours:
+        if not isinstance(module, Attention) or isinstance(module.impl, SelfExtendImpl):
+            continue
+        if module.sliding_window is None:
             return (
                 f"{path} sees the whole context and has another attention backend, {module.backend.name}, which the "
                 "model's code chose, or backend_per_kind."

@@ -133,11 +133,10 @@ class Architecture:
     Attributes:
         name: In vLLM's registry.
         known_as: The families that people know it by.
-        config: Makes the checkpoint's config; None if transformers has no implementation to compare with.
+        config: Makes the checkpoint's config.
         variant: Tells an architecture's rows apart.
         engine: More arguments for vLLM.
         task: "generate", "embed" (the last token's state, normalised) or "classify".
-        numbers: Group size, neighbor window and `max_model_len`.
         base: Save the model without its head.
         convert: Turns transformers' checkpoint in a folder into the one that vLLM reads.
         oracle: What the text config that the oracle reads says otherwise.
@@ -150,11 +149,10 @@ class Architecture:
 
     name: str
     known_as: str
-    config: Callable[[], PreTrainedConfig] | None
+    config: Callable[[], PreTrainedConfig]
     variant: str = ""
     engine: Mapping[str, Any] = field(default_factory=dict)
     task: str = "generate"
-    numbers: tuple[int, int, int] = (5, 18, 245)
     base: bool = False
     convert: Callable[[Path], None] | None = None
     oracle: Mapping[str, Any] = field(default_factory=dict)
@@ -169,7 +167,6 @@ class Architecture:
 
     def save(self, folder: Path) -> tuple[str, str]:
         """Write the checkpoint, the same at every run, and return its path and that of the oracle's."""
-        assert self.config is not None
         named = getattr(transformers, self.name, None)
         make = AutoModelForCausalLM.from_config if named is None or self.base else named._from_config
         model = random_model(self.config(), seed=len(self.title), make=make)
@@ -207,12 +204,12 @@ def of(config_class: str, *without: str, **values: Any) -> Callable[[], PreTrain
 
 
 def beside(
-    config_class: str, text: Callable[[], PreTrainedConfig], tower: dict[str, Any], sense: str = "vision", **more: Any
+    config_class: str, text: Callable[[], PreTrainedConfig], tower: dict[str, Any], **more: Any
 ) -> Callable[[], PreTrainedConfig]:
-    """A function that makes the config of a model that has a language model and one of another sense."""
+    """A function that makes the config of a model that has a language model and a vision tower."""
 
     def make() -> PreTrainedConfig:
-        return getattr(transformers, config_class)(text_config=text().to_dict(), **{f"{sense}_config": tower}, **more)
+        return getattr(transformers, config_class)(text_config=text().to_dict(), vision_config=tower, **more)
 
     return make
 
