@@ -19,6 +19,7 @@ import torch
 from vllm.config import AttentionConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from .backends import choose_kernels
@@ -26,6 +27,9 @@ from .config import SelfExtendConfig
 from .kv_connectors import check_connector
 from .plan import CONFIG_KEY, ExtensionPlan, write_plan
 from .support import SELF_EXTEND_WORKERS, unsupported_reason
+
+BACKEND = "vllm_selfextend.attention.SelfExtendBackend"
+"""What is registered as CUSTOM."""
 
 # vLLM's logging is set up for loggers below "vllm".
 logger = init_logger("vllm.self_extend")
@@ -97,8 +101,14 @@ def limit_to_draft_later(original: Callable[[VllmConfig], None]) -> Callable[[Vl
     return limit
 
 
-def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
-    """Wrap `EngineArgs.create_engine_config`: with CUSTOM chosen, plan the extension or refuse what cannot work."""
+def configure_self_extend(replaced: str | None, original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+    """Wrap `EngineArgs.create_engine_config`: with CUSTOM chosen, plan the extension or refuse what cannot work.
+
+    Args:
+        replaced: The class that another plugin had registered as CUSTOM before this one did, if any.
+        original: The method.
+
+    """
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -108,6 +118,7 @@ def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., 
                     "additional_config[%r] is set, but without --attention-backend CUSTOM it has no effect.", CONFIG_KEY
                 )
             return original(self, *args, **kwargs)
+        _check_custom_is_ours(replaced)
         config = SelfExtendConfig.from_additional_config(self.additional_config)
         leaves_length_open = self.max_model_len in (None, -1)
         with widened_length_check() as check:
@@ -125,6 +136,27 @@ def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., 
         return vllm_config
 
     return create_engine_config
+
+
+def _check_custom_is_ours(replaced: str | None) -> None:
+    """CUSTOM is one name for all of vLLM's plugins, and the last to register it has it.
+
+    Raises:
+        ValueError: Another plugin registered it after this one.
+
+    """
+    registered = AttentionBackendEnum.CUSTOM.get_path()
+    if registered != BACKEND:
+        raise ValueError(
+            f"The attention backend CUSTOM is {registered}, not Self-Extend: another vLLM plugin registered it later. "
+            "Let vLLM load one of the two: VLLM_PLUGINS=selfextend for Self-Extend, or the other's name."
+        )
+    if replaced is not None:
+        logger.warning(
+            "The attention backend CUSTOM is Self-Extend; another vLLM plugin had registered %s for it. To use that, "
+            "name its plugin in VLLM_PLUGINS, and not selfextend.",
+            replaced,
+        )
 
 
 def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
@@ -153,23 +185,24 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
         if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
             _extend_draft(vllm_config.speculative_config, plan, device)
         logger.info(
-            "Self-Extend: trained length %d, group size %d, neighbor window %d, reaching %d of at most %d tokens (%s). "
-            "Prompts within the trained length are answered %s.",
+            "Self-Extend: trained length %d, group size %d, neighbor window %d; %d tokens are served of the %d that "
+            "these reach. Prompts within the trained length are answered %s.",
             plan.trained_length,
             plan.group_size,
             plan.neighbor_window,
             plan.max_model_len,
             plan.capacity,
-            plan.reason,
             "as by the unmodified model" if plan.exact_short else "with grouped positions too",
         )
+        logger.info("Self-Extend's numbers: %s.", plan.reason)
     worker_cls = vllm_config.parallel_config.worker_cls
     vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
     _limit_to_draft(vllm_config, plan)
     chosen = choose_kernels(plan.kernel, device)
     for name, why in chosen.missing.items():
         logger.warning("The %s kernels cannot be loaded (%s), so the slower %s kernels serve.", name, why, chosen.name)
-    logger.info("Self-Extend's attention runs on the %s kernels (%s).", chosen.name, chosen.kernels.VARIANT)
+    gpu = "" if device.type == "cpu" else f", {current_platform.get_device_name()}"  # initializes no CUDA
+    logger.info("Self-Extend's attention runs on the %s kernels (%s%s).", chosen.name, chosen.kernels.VARIANT, gpu)
     plan = dataclasses.replace(plan, kernel=chosen.name)
     write_plan(vllm_config, plan)
     return plan

@@ -47,12 +47,14 @@ def register() -> None:
 
     from . import flash_attention
     from .backends import KERNEL_SETS
-    from .engine_args import configure_self_extend, limit_to_draft_later, widen_max_len_check
+    from .engine_args import BACKEND, configure_self_extend, limit_to_draft_later, widen_max_len_check
     from .kv_connectors import tell_layout
 
     KERNEL_SETS["flash"] = KERNEL_SETS["flash"]._replace(load=flash_attention.load)
-    register_backend(AttentionBackendEnum.CUSTOM, "vllm_selfextend.attention.SelfExtendBackend")
-    _wrap(EngineArgs, "create_engine_config", configure_self_extend)
+    custom = AttentionBackendEnum.CUSTOM
+    replaced = custom.get_path() if custom.is_overridden() else None
+    register_backend(custom, BACKEND)
+    _wrap(EngineArgs, "create_engine_config", functools.partial(configure_self_extend, replaced))
     _wrap(vllm.config.model, "_get_and_verify_max_len", widen_max_len_check)
     if hasattr(VllmConfig, "_limit_max_model_len_to_draft"):  # since 0.33
         _wrap(VllmConfig, "_limit_max_model_len_to_draft", limit_to_draft_later)

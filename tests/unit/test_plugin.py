@@ -1,8 +1,17 @@
+import dataclasses
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+import torch
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends import registry
 
-from vllm_selfextend import plugin
+from vllm_selfextend import engine_args, plugin
+from vllm_selfextend.backends import cpu, triton
+from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.plan import read_plan
 
 
 def test_the_installed_vllm_fits() -> None:
@@ -49,3 +58,68 @@ def test_a_missing_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "EngineArgs.create_engine_config has no no_such_parameter" in (plugin.incompatibility() or "")
     monkeypatch.setattr(plugin, "_INTERFACE", (("vllm.engine.arg_utils", "EngineArgs.no_such_method", ()),))
     assert "has no vllm.engine.arg_utils.EngineArgs.no_such_method" in (plugin.incompatibility() or "")
+
+
+@pytest.fixture
+def configure(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], VllmConfig]]:
+    """What configures an engine, in a vLLM that has not loaded the plugin yet; afterwards it has."""
+    plugin.register()
+    custom = registry.AttentionBackendEnum.CUSTOM
+    backend = custom.get_path()
+    custom.clear_override()
+    monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config.__wrapped__)
+    yield lambda: EngineArgs(str(MODEL_DIR), attention_backend="CUSTOM", max_model_len=1024).create_engine_config()
+    registry.register_backend(custom, backend)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that Self-Extend logs. (vLLM sets its loggers up anew on its way, so none could be listened to.)"""
+    lines: list[str] = []
+    for level in ("info", "warning"):
+
+        def log(message: str, *values: object, level: str = level) -> None:
+            lines.append(f"{level}: {message % values}")
+
+        monkeypatch.setattr(engine_args.logger, level, log)
+    return lines
+
+
+def test_start_up_says_what_serves_and_why(configure: Callable[[], VllmConfig], said: list[str]) -> None:
+    plugin.register()
+    configure()
+    assert said == [
+        "info: Self-Extend: trained length 256, group size 9, neighbor window 64; 1024 tokens are served of the 1791 "
+        "that these reach. Prompts within the trained length are answered as by the unmodified model.",
+        "info: Self-Extend's numbers: neighbor window 64: a quarter of the trained length, at most 1024; group size 9: "
+        "the smallest that keeps W + (N - W) / G within two thirds of the trained length.",
+        f"info: Self-Extend's attention runs on the cpu kernels ({cpu.VARIANT}).",
+    ]
+
+
+def test_the_gpu_that_serves_is_named(
+    configure: Callable[[], VllmConfig], said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin.register()
+    vllm_config = configure()
+    vllm_config.device_config.device = torch.device("cuda")
+    monkeypatch.setattr(engine_args.current_platform, "get_device_name", lambda: "NVIDIA H100", raising=False)
+    engine_args.apply_plan(vllm_config, dataclasses.replace(read_plan(vllm_config), kernel="auto"))
+    assert said[-1] == f"info: Self-Extend's attention runs on the triton kernels ({triton.VARIANT}, NVIDIA H100)."
+
+
+def test_a_plugin_that_had_custom_before_is_named(configure: Callable[[], VllmConfig], said: list[str]) -> None:
+    registry.register_backend(registry.AttentionBackendEnum.CUSTOM, "other.Backend")
+    plugin.register()
+    configure()
+    warning = (
+        "warning: The attention backend CUSTOM is Self-Extend; another vLLM plugin had registered other.Backend for it."
+    )
+    assert said[0].startswith(warning)
+
+
+def test_a_plugin_that_took_custom_later_is_an_error(configure: Callable[[], VllmConfig]) -> None:
+    plugin.register()
+    registry.register_backend(registry.AttentionBackendEnum.CUSTOM, "other.Backend")
+    with pytest.raises(ValueError, match=r"CUSTOM is other\.Backend, not Self-Extend.*VLLM_PLUGINS=selfextend"):
+        configure()
