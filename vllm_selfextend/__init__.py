@@ -1,8 +1,6 @@
 """Self-Extend for vLLM: a plugin, its command line, and the few names below for programs.
 
-Stable, that is, changed only with a note in the version that changes it: the names in `__all__`; the settings in
-`additional_config["self_extend"]`; the command `vllm-selfextend`, its options and the JSON it prints. Everything else,
-`vllm_selfextend.backends` with its kernels included, may change with any version.
+Which names, settings and commands are stable: docs/compatibility.md.
 
 Importing this loads neither torch nor vLLM; a name is loaded when it is first used.
 """
