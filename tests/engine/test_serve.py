@@ -11,6 +11,7 @@ import pytest
 
 from vllm_selfextend.demo import MODEL_DIR
 
+from .commands import run
 from .passkeys import SENTENCE, Passkey, make_prompt
 from .servers import Server, serve
 
@@ -57,6 +58,13 @@ def test_a_long_chat_message_is_answered_as_a_stream(server: Server) -> None:
     pieces = [chunk.choices[0].delta.content or "" for chunk in server.chat(prompt.text, stream=True)]
     assert len(list(filter(None, pieces))) >= 5
     assert "".join(pieces).strip() == prompt.answer
+
+
+def test_the_example_client(server: Server) -> None:
+    output = run("python examples/openai_client.py --base-url", f"{server.url}/v1")
+    assert [line.partition(": ") for line in output.splitlines()[1:]] == [
+        (way, ": ", "4 1 7 2 9") for way in ("completion", "stream", "chat")
+    ]
 
 
 def test_concurrent_clients_get_their_own_keys(server: Server) -> None:
