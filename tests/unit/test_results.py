@@ -1,0 +1,84 @@
+"""The tables of the front page and of `docs/results.md` are what the kept results say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_selfextend.evaluation.summary import passkey_share
+from vllm_selfextend.evaluation.tables import percent
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+METHODS = ("unmodified", "yarn", "self-extend")
+
+
+def kept(name: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return results
+
+
+def keys_found(results: dict[str, Any], method: str, *lengths: int) -> str:
+    found = [
+        row["found"]
+        for row in results["answers"]
+        if (row["method"], row.get("length")) in {(method, length) for length in lengths} and row["task"] == "passkey"
+    ]
+    return f"{sum(found)} of {len(found)}"
+
+
+def loss(results: dict[str, Any], method: str, begin: int, key: str | None = None) -> Any:
+    (cell,) = [cell for cell in results["summary"]["loss"] if (cell["method"], cell["begin"]) == (method, begin)]
+    return cell[key] if key else f"{cell['value']:.3f}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", PAGE], ids=lambda page: page.name)
+def test_the_real_models_table(page: Path) -> None:
+    text, results = page.read_text(encoding="utf-8"), kept("real_model_32768")
+    for title, lengths in (
+        ("pass keys found at 4,096 and 8,192 tokens", (4096, 8192)),
+        ("at 12,288 and 16,384 tokens", (12288, 16384)),
+        ("at 32,768 tokens", (32768,)),
+    ):
+        assert f"| {title} | {' | '.join(keys_found(results, method, *lengths) for method in METHODS)} |\n" in text
+    for title, begin in (("first 8,192 of 16,384 tokens", 0), ("the rest", 8192)):
+        unmodified, yarn, ours = (loss(results, method, begin) for method in METHODS)
+        assert f"| loss per token, {title} | {unmodified} | {yarn} | **{ours}** |\n" in text
+
+
+def test_the_long_servers_tables() -> None:
+    text, short, long = PAGE.read_text(encoding="utf-8"), kept("real_model_32768"), kept("real_model_65536")
+    unmodified = loss(short, "unmodified", 0)
+    within, past = ([loss(long, method, begin) for method in METHODS[1:]] for begin in (0, 8192))
+    assert f"| loss per token, first 8,192 of 16,384 tokens | {unmodified} | {within[0]} | **{within[1]}** |\n" in text
+    assert f"| loss per token, the rest | - | {past[0]} | **{past[1]}** |\n" in text
+    found = [keys_found(long, method, 12288) for method in METHODS[1:]]
+    assert f"| pass keys found at 12,288 tokens | - | {found[0]} | {found[1]} |\n" in text
+    for title, results in (("32,768 tokens (YaRN's factor 4)", short), ("65,536 tokens (factor 8)", long)):
+        above = [loss(results, "yarn", begin, "above_self_extend") for begin in (0, 8192)]
+        cells = " | ".join("{value:.3f} ({low:.3f} to {high:.3f})".format(**cell) for cell in above)
+        assert f"| on the server of {title} | {cells} |\n" in text
+
+
+def test_the_demos_table() -> None:
+    text, rows = PAGE.read_text(encoding="utf-8"), kept("demo")["answers"]
+    for length in (256, 512, 1024, 2048, 4096):
+        cells = [
+            " / ".join(
+                percent(share)
+                for count in (1, 4)
+                if (share := passkey_share(rows, method, length=length, num_keys=count))
+            )
+            for method in ("unmodified", "self-extend")
+        ]
+        assert f"| {length:,} | {' | '.join(cells)} |\n" in text
+
+
+def test_the_hour_under_load() -> None:
+    text, soak = PAGE.read_text(encoding="utf-8"), kept("soak")
+    answered = soak["answer"] + soak["stream"] + soak["broken off"]
+    assert (soak["wrong"], soak["lost"], soak["not refused"]) == (0, 0, 0)
+    for number in (answered, soak["broken off"], soak["bad"], soak["preemptions"]):
+        assert f"{number:,}" in text
