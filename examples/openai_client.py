@@ -36,8 +36,8 @@ def main() -> None:
 
 def ask(client: openai.OpenAI, model: str) -> None:
     completion = client.completions.create(model=model, prompt=PROMPT, max_tokens=5, temperature=0)
-    assert completion.usage
-    print(f"A key in {completion.usage.prompt_tokens:,} tokens: {KEY}")
+    if completion.usage:
+        print(f"A key in {completion.usage.prompt_tokens:,} tokens: {KEY}")
     print(f"completion:{completion.choices[0].text}")
 
     print("stream:", end="")

@@ -107,7 +107,8 @@ def _left_out(model: nn.Module) -> str | None:
         if module.sliding_window is None:
             return (
                 f"{path} sees the whole context and has another attention backend, {module.backend.name}, which the "
-                "model's code chose, or backend_per_kind."
+                "model's code chose, or backend_per_kind. Leave backend_per_kind out; if it is the model's code, the "
+                "model cannot be extended."
             )
     return None
 

@@ -30,6 +30,8 @@ _INTERFACE = (
     ("vllm.v1.kv_cache_interface", "KVCacheLayout.LBHNC", ()),
 )
 
+_LEAVE_OUT = "Install one that is supported, or serve without --attention-backend CUSTOM."
+
 
 def register() -> None:
     """Make `--attention-backend CUSTOM` Self-Extend. Without that flag vLLM behaves as without the plugin."""
@@ -68,14 +70,15 @@ def incompatibility() -> str | None:
     installed, supported = _vllm_version(), _supported_vllm()
     ours = f"vllm-selfextend {version('vllm-selfextend')} supports vLLM {supported}"
     if not supported.contains(installed, prereleases=True):
-        return f"{ours}, but vLLM {installed} is installed.{_how_ray_replaces_vllm()}"
+        return f"{ours}, but vLLM {installed} is installed. {_LEAVE_OUT}{_how_ray_replaces_vllm()}"
     for module_name, path, parameters in _INTERFACE:
         try:
             found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module_name))
         except (ImportError, AttributeError):
-            return f"{ours}, but the installed vLLM {installed} has no {module_name}.{path}."
+            return f"{ours}, but the installed vLLM {installed} has no {module_name}.{path}. {_LEAVE_OUT}"
         if missing := [name for name in parameters if name not in inspect.signature(found).parameters]:
-            return f"{ours}, but in the installed vLLM {installed} {module_name}.{path} has no {', '.join(missing)}."
+            lacks = f"{module_name}.{path} has no {', '.join(missing)}"
+            return f"{ours}, but in the installed vLLM {installed} {lacks}. {_LEAVE_OUT}"
     return None
 
 

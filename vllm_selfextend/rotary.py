@@ -58,7 +58,8 @@ def unsupported_rope_type(rope_type: str) -> str:
     if rope_type in ("dynamic", "ntk-dynamic"):
         return (
             f"its RoPE is {rope_type!r} (dynamic NTK): the frequencies move with the length, so a cached key cannot be "
-            f"rotated back. Supported are {known}."
+            f"rotated back. Supported are {known}. Without its own extension it can be served: --hf-overrides "
+            '\'{"rope_parameters": {"rope_type": "default", "rope_theta": ...}}\', with its own rope_theta.'
         )
     return f"its RoPE type {rope_type!r} is not supported. Supported are {known}."
 

@@ -66,7 +66,10 @@ def _parallel_reason(parallel_config: ParallelConfig) -> str | None:
     worker_cls = parallel_config.worker_cls
     if worker_cls not in SELF_EXTEND_WORKERS and worker_cls not in SELF_EXTEND_WORKERS.values():
         known = ", ".join(SELF_EXTEND_WORKERS)
-        return f"its layers get their rotations from vLLM's workers {known}, and the worker class is {worker_cls}."
+        return (
+            f"its layers get their rotations from vLLM's workers {known}, and the worker class is {worker_cls}. Leave "
+            "--worker-cls out."
+        )
     return None
 
 

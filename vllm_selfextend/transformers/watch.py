@@ -112,7 +112,7 @@ def find_rotations(model: Any) -> dict[Any, ModelRotation]:
     if not found:
         raise ValueError(
             "every layer attends to a sliding window, so there is no long attention to extend. Load the model with "
-            "sliding_window=None in its config (its trained length is then the window)."
+            "sliding_window=None in its config, and pass the window as trained_length."
         )
     return found
 
