@@ -3,6 +3,7 @@
 import os
 import platform
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -28,6 +29,14 @@ OPTIONS += ["-Wno-unknown-warning-option"]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer"]
 ON_REQUEST = {"SELFEXTEND_WERROR": ["-Werror"], "SELFEXTEND_SANITIZE": SANITIZE}
 """What is added where an environment variable is set. A warning of a user's compiler must not cost them the kernels."""
+
+
+def installed_torch() -> str:
+    """Such as "2_13", or nothing: what the library's name ends in, by which `backends/cpu` finds the one to load."""
+    try:
+        return "_".join(version("torch").split(".")[:2])
+    except PackageNotFoundError:
+        return ""
 
 
 class BuildKernels(build_ext):
@@ -58,7 +67,7 @@ class BuildKernels(build_ext):
                 extra_postargs=[*OPTIONS, *options, *requested],
             )
         extension.extra_objects = objects
-        extension.define_macros = macros
+        extension.define_macros = [*macros, ("SELFEXTEND_INIT", f"PyInit_{extension.name.rpartition('.')[2]}")]
         # Torch's headers are not held to our warnings.
         system = [option for path in include_paths() for option in ("-isystem", path)]
         extension.extra_compile_args = [*OPTIONS, *system, "-fopenmp", *requested]
@@ -90,7 +99,7 @@ setup(
     package_data={"vllm_selfextend": ["py.typed"], "vllm_selfextend.demo": ["model/*"]},
     ext_modules=[
         Extension(
-            "vllm_selfextend.backends.cpu._kernels",
+            f"vllm_selfextend.backends.cpu._kernels_torch{installed_torch()}",
             [str(CPU / f"{name}.cpp") for name in ("ops", "tensors", "schedule", "instruction_sets")],
             depends=[str(path) for path in sorted(CPU.glob("*.[ch]*"))],
             language="c++",
