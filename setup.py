@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,9 +11,12 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
+VERSION = "0.2.0"
+HOME = "https://github.com/vllm-selfextend/vllm-selfextend"
 VLLM = ">=0.32,<0.34"
 # Only the command needs them, serving does not. vLLM and transformers bring both, so with either the command is there.
 CLI = ["typer>=0.15", "rich>=13"]
+PICTURES = (".png", ".svg", ".jpg", ".gif")
 
 CPU = Path("vllm_selfextend/backends/cpu")
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -31,6 +35,20 @@ OPTIONS += ["-Wno-unknown-warning-option"]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-fno-omit-frame-pointer"]
 ON_REQUEST = {"SELFEXTEND_WERROR": ["-Werror"], "SELFEXTEND_SANITIZE": SANITIZE}
 """What is added where an environment variable is set. A warning of a user's compiler must not cost them the kernels."""
+
+
+def long_description() -> str:
+    """The README for a package index, which has no other file of this project: its relative links become absolute."""
+
+    def absolute(link: re.Match[str]) -> str:
+        target = link[1]
+        if target.startswith("#"):
+            target = f"README.md{target}"
+        view = "raw" if target.endswith(PICTURES) else "blob"
+        return f"]({HOME}/{view}/v{VERSION}/{target})"
+
+    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
+    return re.sub(r"\]\((?!https?:)([^()\s]+)\)", absolute, readme)
 
 
 def installed_torch() -> str:
@@ -81,10 +99,29 @@ class BuildKernels(build_ext):
 
 setup(
     name="vllm-selfextend",
-    version="0.1.0",
+    version=VERSION,
     description="Self-Extend for vLLM: read 4 to 16 times more text than a model was trained on, with no training",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    url=HOME,
+    project_urls={
+        "Documentation": f"{HOME}/tree/v{VERSION}/docs",
+        "Source": HOME,
+        "Changelog": f"{HOME}/blob/main/CHANGELOG.md",
+        "Issues": f"{HOME}/issues",
+    },
+    keywords=["vllm", "self-extend", "long context", "context extension", "rope", "attention", "llm", "inference"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
