@@ -122,7 +122,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=[
@@ -157,10 +157,12 @@ setup(
         "ray": ["ray[serve,data]==2.60.*"],
         "dev": [
             "accelerate>=1.0",
+            "build>=1.2",
             "gguf>=0.17",
             "clang-format>=19,<22",
             "mypy>=1.18",
             "ruff>=0.14",
+            "twine>=6.1",
             "pytest>=8.4",
             "hypothesis>=6.140",
             "pytest-timeout>=2.4",
