@@ -87,7 +87,8 @@ class BuildKernels(build_ext):
                 extra_postargs=[*OPTIONS, *options, *requested],
             )
         extension.extra_objects = objects
-        extension.define_macros = [*macros, ("SELFEXTEND_INIT", f"PyInit_{extension.name.rpartition('.')[2]}")]
+        macros += [("SELFEXTEND_INIT", f"PyInit_{extension.name.rpartition('.')[2]}"), ("Py_LIMITED_API", "0x030A0000")]
+        extension.define_macros = macros
         # Torch's headers are not held to our warnings.
         system = [option for path in include_paths() for option in ("-isystem", path)]
         extension.extra_compile_args = [*OPTIONS, *system, "-fopenmp", *requested]
@@ -143,8 +144,11 @@ setup(
             depends=[str(path) for path in sorted(CPU.glob("*.[ch]*"))],
             language="c++",
             optional=True,
+            py_limited_api=True,
         )
     ],
+    # One wheel for every Python: the library uses Python's stable interface only, and torch's has no Python in it.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     cmdclass={"build_ext": BuildKernels},
     install_requires=["torch>=2.10", "packaging"],
     extras_require={
