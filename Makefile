@@ -4,6 +4,7 @@
 # make check  run every static check and the unit tests, in less than a minute
 # make test   run every test but the slow ones, two at a time       make test-slow   run the slow ones
 # make test-ray   run those that start Ray          make test-gpu   run those that need a GPU
+# make dist   build the source distribution and the wheel       make test-dist   install that wheel elsewhere and use it
 # make sanitize   run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 # make benchmark  time the kernels and the engine against stock vLLM
 # All of them set up .venv first, and are quick the second time.
@@ -15,7 +16,8 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: install demo evaluate models check test test-slow test-ray test-gpu lint sanitize benchmark format train clean
+.PHONY: install demo evaluate models check test test-slow test-ray test-gpu dist test-dist lint sanitize benchmark
+.PHONY: format train clean
 .DEFAULT_GOAL := demo
 
 install: .venv/.installed
@@ -49,10 +51,10 @@ check: lint
 PYTEST := $(BIN)/pytest -n 2 --dist loadgroup
 
 test: install
-	$(PYTEST) -m "not slow and not ray" $(TESTS)
+	$(PYTEST) -m "not slow and not ray and not dist" $(TESTS)
 
 test-slow: install
-	$(PYTEST) -m "slow and not ray" $(TESTS)
+	$(PYTEST) -m "slow and not ray and not dist" $(TESTS)
 
 test-ray: install
 	$(BIN)/pytest -m ray
@@ -60,6 +62,15 @@ test-ray: install
 # On a GPU machine, with the PyTorch that is there: needs torch, triton and pytest, neither vLLM nor this package.
 test-gpu:
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu
+
+# The wheel comes from the source distribution, which so is known to hold what it needs. Its kernels are for .venv's torch.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+test-dist: dist
+	SELFEXTEND_TORCH="$(TORCH) $(TORCH_FROM)" $(BIN)/pytest -m dist tests/dist
 
 lint: install
 	$(BIN)/ruff check .
@@ -92,4 +103,4 @@ train: install
 	$(BIN)/python -m benchmarks.train_demo_model
 
 clean:
-	rm -rf .venv build demo-results evaluation-results *.egg-info
+	rm -rf .venv build dist demo-results evaluation-results *.egg-info

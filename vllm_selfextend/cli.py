@@ -74,11 +74,6 @@ EngineArgs = Annotated[str, typer.Option(help="Other arguments of vllm.LLM as JS
 LossLength = Annotated[int | None, typer.Option(min=1, help="How many tokens of each text are read for the loss.")]
 
 
-def main() -> None:
-    """The console script."""
-    app()
-
-
 @app.command()
 def plan(
     model: Model,

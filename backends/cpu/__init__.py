@@ -2,11 +2,13 @@
 
 The vector code is chosen at run time (AVX-512, AVX2, or a portable one that is NEON on Arm). With AVX-512's BF16 the
 products of bfloat16 queries and caches are bfloat16's, added up in float32. `kernel.h` describes the interior of a
-cache block, the same for all of them. Importing this raises `ImportError` where the library was not built.
+cache block, the same for all of them. Importing this raises `ImportError` where the library was not built, or was built
+for another torch.
 """
 
 import importlib
 import operator
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +16,31 @@ import torch
 
 from ..interface import AttentionBatch, AttentionParams
 
-try:
-    importlib.import_module("._kernels", __package__)  # registers the operators
-except ImportError as error:
-    raise ImportError(
-        f"{error}. They are built when vllm-selfextend is installed with a C++ compiler and "
-        "pip install --no-build-isolation, against the torch that is there"
-    ) from error
+
+def _register_operators() -> None:
+    """Load the library that was built for the installed torch; its name ends in that version.
+
+    One that was built for another torch must not be loaded: where that does not fail, it reads memory wrongly.
+    """
+    prefix = "_kernels_torch"
+    names = [module.name for module in pkgutil.iter_modules(__path__) if module.name.startswith(prefix)]
+    built = [name.removeprefix(prefix).replace("_", ".") for name in names]
+    installed = ".".join(torch.__version__.split(".")[:2])
+    if built and installed not in built:
+        raise ImportError(
+            f"they were built for torch {', '.join(built)}, torch {installed} is installed; reinstall vllm-selfextend "
+            "with pip install --no-build-isolation"
+        )
+    try:
+        importlib.import_module(f".{prefix}{installed.replace('.', '_')}", __package__)
+    except ImportError as error:
+        raise ImportError(
+            f"{error}. They are built when vllm-selfextend is installed with a C++ compiler and "
+            "pip install --no-build-isolation, against the torch that is there"
+        ) from error
+
+
+_register_operators()
 _store_kv = torch.ops.vllm_selfextend_cpu.store_kv.default
 _attention = torch.ops.vllm_selfextend_cpu.attention.default
 

@@ -178,8 +178,8 @@ TORCH_LIBRARY(vllm_selfextend_cpu, library) {
 
 }  // namespace selfextend
 
-// Importing the module registers the operators; it holds nothing itself.
-PyMODINIT_FUNC PyInit__kernels() {
+// Importing the module registers the operators; it holds nothing itself. Its name ends in torch's version: setup.py.
+PyMODINIT_FUNC SELFEXTEND_INIT() {
   static PyModuleDef module = [] {
     PyModuleDef definition{};
     definition.m_base = PyModuleDef_HEAD_INIT;

@@ -74,7 +74,7 @@ def test_tune_finds_a_cell_at_least_as_good_as_auto(task: str, tmp_path: Path) -
         lines = [{"prompt": p.text, "answer": " ".join(p.expected or "")} for p in prompts]
         (tmp_path / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         options += ["--prompts", str(tmp_path / "own.jsonl")]
-    script = "from vllm_selfextend.cli import main; main()"
+    script = "from vllm_selfextend.__main__ import main; main()"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
     line = [sys.executable, "-c", script, "tune", str(MODEL_DIR), *options]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)

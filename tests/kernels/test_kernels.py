@@ -357,9 +357,24 @@ def test_wrong_arguments_of_store_are_errors() -> None:
         CPUKernels("mmx").store_kv(key, key, kv_cache, three_tokens(), params)
 
 
+INSTALLED_TORCH = ".".join(torch.__version__.split(".")[:2])
+LIBRARY = f"{cpu.__name__}._kernels_torch{INSTALLED_TORCH.replace('.', '_')}"
+
+
 def test_a_missing_library_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, f"{cpu.__name__}._kernels", None)
+    monkeypatch.setitem(sys.modules, LIBRARY, None)
     with pytest.raises(
         ImportError, match=r"None in sys\.modules\. They are built when .* against the torch that is there$"
     ):
         importlib.reload(cpu)
+
+
+def test_a_library_that_was_built_for_another_torch_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, LIBRARY)
+    monkeypatch.setattr(torch, "__version__", "99.1.0+cpu")
+    message = (
+        rf"^they were built for torch .*{INSTALLED_TORCH}, torch 99\.1 is installed; reinstall vllm-selfextend with"
+    )
+    with pytest.raises(ImportError, match=message):
+        importlib.reload(cpu)
+    assert LIBRARY not in sys.modules

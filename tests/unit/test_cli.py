@@ -1,11 +1,14 @@
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+import vllm_selfextend
 from vllm_selfextend import cli
+from vllm_selfextend.__main__ import main
 from vllm_selfextend.demo import MODEL_DIR
 
 
@@ -138,3 +141,22 @@ def test_without_vllm_the_commands_say_what_to_install(monkeypatch: pytest.Monke
     assert "needs vLLM" in said
     assert "vllm-selfextend[cuda]" in said
     assert "vllm-selfextend[cpu]" in said
+
+
+@pytest.mark.parametrize("missing", [["typer"], ["rich"], ["typer", "rich"]])
+def test_the_command_without_what_it_is_made_of(missing: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == (
+        f"error: this command needs {' and '.join(missing)}: pip install 'vllm-selfextend[cli]'."
+    )
+
+
+def test_another_missing_package_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, cli.__name__)
+    monkeypatch.delattr(vllm_selfextend, "cli")
+    monkeypatch.setitem(sys.modules, "vllm_selfextend.plan", None)
+    with pytest.raises(ModuleNotFoundError, match=r"vllm_selfextend\.plan"):
+        main()
