@@ -77,8 +77,8 @@ def incompatibility() -> str | None:
         except (ImportError, AttributeError):
             return f"{ours}, but the installed vLLM {installed} has no {module_name}.{path}. {_LEAVE_OUT}"
         if missing := [name for name in parameters if name not in inspect.signature(found).parameters]:
-            lacks = f"{module_name}.{path} has no {', '.join(missing)}"
-            return f"{ours}, but in the installed vLLM {installed} {lacks}. {_LEAVE_OUT}"
+            names = ", ".join(missing)
+            return f"{ours}, but in the installed vLLM {installed} {module_name}.{path} has no {names}. {_LEAVE_OUT}"
     return None
 
 
