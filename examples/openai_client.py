@@ -35,18 +35,20 @@ def main() -> None:
 
 
 def ask(client: openai.OpenAI, model: str) -> None:
-    completion = client.completions.create(model=model, prompt=PROMPT, max_tokens=5, temperature=0)
+    completion = client.completions.create(model=model, prompt=PROMPT, max_tokens=8, stop=".", temperature=0)
     if completion.usage:
         print(f"A key in {completion.usage.prompt_tokens:,} tokens: {KEY}")
     print(f"completion:{completion.choices[0].text}")
 
     print("stream:", end="")
-    for chunk in client.completions.create(model=model, prompt=PROMPT, max_tokens=5, temperature=0, stream=True):
+    for chunk in client.completions.create(
+        model=model, prompt=PROMPT, max_tokens=8, stop=".", temperature=0, stream=True
+    ):
         print(chunk.choices[0].text, end="", flush=True)
     print()
 
     chat = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": PROMPT}], max_tokens=5, temperature=0
+        model=model, messages=[{"role": "user", "content": PROMPT}], max_tokens=8, stop=".", temperature=0
     )
     print(f"chat:{chat.choices[0].message.content}")
 
