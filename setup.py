@@ -167,7 +167,7 @@ setup(
             "mypy>=1.18",
             "ruff>=0.14",
             "twine>=6.1",
-            # With 9.2 pytest-xdist 3.8 no longer keeps a group's tests together (its issue 1386), and engines start twice.
+            # With 9.2 pytest-xdist 3.8 does not keep a group's tests together (its issue 1386): engines start twice.
             "pytest>=8.4,<9.2",
             "hypothesis>=6.140",
             "pytest-timeout>=2.4",
