@@ -62,7 +62,7 @@ def test_a_long_chat_message_is_answered_as_a_stream(server: Server) -> None:
 
 def test_the_example_client(server: Server) -> None:
     output = run("python examples/openai_client.py --base-url", f"{server.url}/v1")
-    assert [line.partition(": ") for line in output.splitlines()[1:]] == [
+    assert [line.rstrip().partition(": ") for line in output.splitlines()[1:]] == [
         (way, ": ", "4 1 7 2 9") for way in ("completion", "stream", "chat")
     ]
 
