@@ -57,6 +57,13 @@ def test_the_demo_model_knows_every_word(tokenizer, encode) -> None:
     assert tokenizer.unk_token_id not in ids
 
 
+def test_what_is_given_twice_is_asked_once() -> None:
+    """An answer counted twice makes an interval that is too narrow."""
+    once = list(PasskeyTask((200, 400), (0.2, 0.8), (1, 2)).prompts(encode_words))
+    assert list(PasskeyTask((400, 200, 400), (0.8, 0.2, 0.8), (2, 1, 1)).prompts(encode_words)) == once
+    assert len({prompt.name for prompt in once}) == len(once) == 8
+
+
 def test_deeper_keys_come_first_and_texts_begin_alike(encode) -> None:
     task = PasskeyTask(lengths=(400, 200), depths=(0.25, 0.75), key_counts=(1, 2), rounds=2)
     prompts = list(task.prompts(encode))

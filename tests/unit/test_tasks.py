@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_selfextend.evaluation.loss import BLOCK, LossTask, read_texts, standard_library_texts
+from vllm_selfextend.evaluation.loss import BLOCK, LossTask, mean_losses, read_texts, standard_library_texts
 from vllm_selfextend.evaluation.prompts import Prompt
 from vllm_selfextend.evaluation.user_prompts import UserTask, read_prompts
 
@@ -31,6 +31,16 @@ def test_a_short_text_is_refused() -> None:
         list(LossTask({"book": "a b c"}, length=100).prompts(encode))
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_loss_of_no_token_is_refused(length: int) -> None:
+    with pytest.raises(ValueError, match=f"at least 3 tokens of a text, and {length} are to be read"):
+        list(LossTask({"book": "a b c d"}, length).prompts(encode))
+    (prompt,) = LossTask({"book": "a b c d"}, 3).prompts(encode)
+    scored = SimpleNamespace(prompt_logprobs=[None, {1: SimpleNamespace(logprob=-2.0)}])
+    losses = LossTask({}, 3).score(prompt, scored)["block_losses"]
+    assert list(mean_losses(losses, len(prompt.token_ids))) == [(0, 2, 2.0)]
+
+
 def test_every_machine_has_long_texts() -> None:
     texts = standard_library_texts()
     assert len(texts) >= 2
@@ -46,6 +56,8 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
         read_texts([tmp_path / "book.txt", tmp_path / "a" / "book.txt"])
     with pytest.raises(ValueError, match=r"no.txt cannot be read: .*No such file"):
         read_texts([tmp_path / "no.txt"])
+    (tmp_path / "marked.txt").write_text("text", encoding="utf-8-sig")
+    assert read_texts([tmp_path / "marked.txt"]) == {"marked.txt": "text"}, "without its byte order mark"
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(ValueError, match="binary cannot be read"):
         read_texts([tmp_path / "binary"])
@@ -58,7 +70,7 @@ def test_the_users_prompts(tmp_path: Path) -> None:
     prompts = list(task.prompts(encode))
     assert [(p.name, p.cell["length"], p.expected) for p in prompts] == [
         ("prompts/1", 67, "Ada"),
-        ("prompts/2", 66, "c"),
+        ("prompts/3", 66, "c"),
     ]
     for text, found in (("It was ada.", True), ("Nobody.", False)):
         score = task.score(prompts[0], SimpleNamespace(outputs=[SimpleNamespace(text=text)]))
@@ -67,10 +79,55 @@ def test_the_users_prompts(tmp_path: Path) -> None:
         list(UserTask(read_prompts(path), max_length=66).prompts(encode))
 
 
+def test_a_line_is_named_by_its_number_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('\n\n{"prompt": "a b", "answer": "c"}\n')
+    with pytest.raises(ValueError, match="The prompt of line 3 and 64 tokens"):
+        list(UserTask(read_prompts(path), max_length=65).prompts(encode))
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    """JSON has the other line breaks inside of its strings as they are."""
+    path = tmp_path / "prompts.jsonl"
+    breaks = "a\u2028b\u2029c\x85d"
+    lines = [{"prompt": breaks, "answer": breaks}, {"prompt": "e", "answer": "f"}]
+    path.write_bytes("".join(json.dumps(line, ensure_ascii=False) + "\r\n" for line in lines).encode("utf-8-sig"))
+    assert read_prompts(path) == dict(enumerate(lines, 1)), "and a byte order mark is none of the first line's"
+
+
+def test_a_line_again_is_asked_once(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    lines = ['{"prompt": "a", "answer": "b"}', '{"answer": "b", "prompt": "a"}', '{"prompt": "a", "answer": "c"}']
+    path.write_text("\n".join(lines))
+    assert list(read_prompts(path)) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("expected", "answer", "found"),
+    [
+        ("Caf\u00e9", "the cafe\u0301.", True),
+        ("cafe\u0301", "the CAF\u00c9.", True),
+        ("e", "\u00e9", False),
+        ("e", "e\u0301", False),
+        ("Stra\u00dfe", "STRASSE", True),
+        (" Ada\n", "It was Ada.", True),
+    ],
+)
+def test_letters_that_look_alike_match(expected: str, answer: str, found: bool) -> None:
+    prompt = Prompt("prompts/1", {"length": 3, "line": 1}, "a", [1], expected)
+    score = UserTask({}, 100).score(prompt, SimpleNamespace(outputs=[SimpleNamespace(text=answer)]))
+    assert score == {"expected": expected, "answer": answer, "found": found}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("", "has no prompts"),
+        ('\n{"prompt": "a", "answer": " \\t\\u2003"}', "Line 2 of .* texts that have more than spaces"),
+        ('{"prompt": " ", "answer": "b"}', "Line 1 of .* texts that have more than spaces"),
+        ('{"prompt": "a \\ud83d b", "answer": "b"}', r"Line 1 of .* has \\ud83d in its prompt, one half of a surr"),
+        ('{"prompt": "a", "answer": "\\udE00"}', r"Line 1 of .* has \\ude00 in its answer"),
+        ('{"prompt": "a", "answer": ' + "9" * 5000 + "}", "Line 1 of .* is not JSON"),
         ('{"prompt": "a", "answer": "b"}\nno json', "Line 2 of .* is not JSON"),
         ('{"prompt": "a"}', "Line 1 of .* must be an object such as"),
         ('["a", "b"]', "Line 1 of .* must be an object such as"),
@@ -88,5 +145,5 @@ def test_bad_prompts_are_named(tmp_path: Path, content: str, message: str) -> No
 
 def test_a_row_is_json() -> None:
     prompt = Prompt("prompts/1", {"length": 3, "line": 1}, "a", [1], "b")
-    score = UserTask([], 100).score(prompt, SimpleNamespace(outputs=[SimpleNamespace(text="B")]))
+    score = UserTask({}, 100).score(prompt, SimpleNamespace(outputs=[SimpleNamespace(text="B")]))
     assert json.loads(json.dumps(score)) == score

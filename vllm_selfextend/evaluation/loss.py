@@ -11,6 +11,9 @@ from .prompts import Encode, Prompt, Row
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
+LEAST = 3
+"""Tokens: nothing foretells the first, and the last place is the answer's."""
+
 BLOCK = 256
 """Tokens whose losses are added up to one number in the record."""
 
@@ -36,6 +39,8 @@ class LossTask:
     scores_prompt = True
 
     def prompts(self, encode: Encode) -> Iterator[Prompt]:
+        if self.length < LEAST:
+            raise ValueError(f"A loss takes at least {LEAST} tokens of a text, and {self.length} are to be read.")
         for source, text in self.texts.items():
             # More than enough for any tokenizer, and no book is tokenized for its first page.
             token_ids = encode(text[: 20 * self.length], "")[: self.length - self.answer_tokens]
@@ -95,7 +100,7 @@ def read_texts(paths: Sequence[Path]) -> dict[str, str]:
         if path.name in texts:
             raise ValueError(f"Two texts are called {path.name}: rename one, since the results go by the name.")
         try:
-            texts[path.name] = path.read_text(encoding="utf-8")
+            texts[path.name] = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"The text {path} cannot be read: {error}") from error
     return texts

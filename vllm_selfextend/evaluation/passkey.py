@@ -59,7 +59,8 @@ class PasskeyTask:
     """Keys at every depth of texts of every length.
 
     Attributes:
-        lengths: Tokens of prompt and answer together; a prompt is as long as whole sentences allow.
+        lengths: Tokens of prompt and answer together; a prompt is as long as whole sentences allow. One that is given
+            twice is asked once: an answer counted twice looks like two.
         depths: Where the key that is asked for stands, from 0 (the beginning) to 1 (just before the question).
         key_counts: How many keys the texts hold, one of which is asked for.
         rounds: Prompts per length, depth and number of keys.
@@ -81,8 +82,8 @@ class PasskeyTask:
 
     def prompts(self, encode: Encode) -> Iterator[Prompt]:
         """Deepest keys first: up to its first key a text is like the one before, and in vLLM's prefix cache."""
-        for length, num_keys in itertools.product(sorted(self.lengths), self.key_counts):
-            for turn, depth in itertools.product(range(self.rounds), sorted(self.depths, reverse=True)):
+        for length, num_keys in itertools.product(sorted({*self.lengths}), sorted({*self.key_counts})):
+            for turn, depth in itertools.product(range(self.rounds), sorted({*self.depths}, reverse=True)):
                 cell = {"length": length, "num_keys": num_keys, "depth": depth, "round": turn}
                 name = "/".join(map(str, (self.name, *cell.values())))
                 rng = random.Random(f"{self.seed}/{name}")
