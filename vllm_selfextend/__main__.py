@@ -1,6 +1,7 @@
 """The `vllm-selfextend` command, or `python -m vllm_selfextend`: `cli`, or a sentence where that cannot be imported."""
 
 import importlib.util
+import io
 import sys
 
 
@@ -11,6 +12,9 @@ def main() -> None:
         sys.exit(f"error: this command needs {' and '.join(missing)}: pip install 'vllm-selfextend[cli]'.")
     from .cli import app
 
+    # What a terminal has no letters for is spelled out, as Python does on stderr, and ends no run with an error.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -2,19 +2,23 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
+import shlex
+import shutil
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text as Styled
 
 from .config import RULE_HIGH, RULE_LOW
 from .plan import CONFIG_KEY
@@ -56,8 +60,11 @@ DEFAULT_TASKS = list(TaskName)
 DEFAULT_METHODS = ("unmodified", "yarn", "self-extend")
 
 app = typer.Typer(help="Self-Extend for vLLM.", no_args_is_help=True, add_completion=False)
-console = Console()
-errors = Console(stderr=True)
+# No markup: paths, names and answers are printed, and may have brackets and colons.
+console = Console(markup=False, emoji=False)
+errors = Console(stderr=True, markup=False, emoji=False)
+
+LOG = "vllm.log"
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder or its name on the Hugging Face hub.")]
 GroupSize = Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")]
@@ -72,6 +79,23 @@ Rounds = Annotated[int, typer.Option(min=1, help="Passkey prompts per length and
 Seed = Annotated[int, typer.Option(help="Of the passkeys.")]
 EngineArgs = Annotated[str, typer.Option(help="Other arguments of vllm.LLM as JSON.", metavar="JSON")]
 LossLength = Annotated[int | None, typer.Option(min=1, help="How many tokens of each text are read for the loss.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from . import __version__
+
+        typer.echo(f"vllm-selfextend {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Self-Extend for vLLM."""
 
 
 @app.command()
@@ -118,7 +142,8 @@ def demo(
         comparison = run.comparison()
         length = comparison.checkpoint.report.trained_length
         rows, written = _compare(comparison, folder, {"demo": dataclasses.asdict(run.TASK)}, stderr)
-    console.print(passkey_table(rows, run.METHODS, f"Passkeys found by a model trained on {length} tokens"))
+    title = f"Passkeys found by a model trained on {length} tokens"
+    _print_tables(functools.partial(passkey_table, rows, title=title), run.METHODS)
     _print_example(comparison.prompts[0][1], rows)
     _print_written(output, written)
 
@@ -195,12 +220,14 @@ def evaluate(
     for one in tasks:
         mine = [row for row in rows if row["task"] == one.name]
         if one.name == "passkey":
-            console.print(passkey_table(mine, methods, f"Passkeys found, on a server of {served:,} tokens"))
+            title = f"Passkeys found, on a server of {served:,} tokens"
+            table_of = functools.partial(passkey_table, mine, title=title)
         else:
-            console.print(loss_table(mine, methods, checkpoint.report.trained_length))
-    console.print("In brackets and behind ±: the 95 % interval.", highlight=False)
+            table_of = functools.partial(loss_table, mine, trained_length=checkpoint.report.trained_length)
+        _print_tables(table_of, methods)
+    console.print("In brackets and behind +-: the 95 % interval.", highlight=False)
     for reason in left_out:
-        console.print(f"Not compared: {escape(reason)}", highlight=False)
+        console.print(f"Not compared: {reason}", highlight=False, soft_wrap=True)
     _print_written(output, written)
 
 
@@ -229,9 +256,9 @@ def tune(
     with _evaluating(output) as (folder, stderr):
         from .evaluation.engine import prompt_encoder, running
         from .evaluation.methods import read_checkpoint
-        from .evaluation.screen import CtrlC, trying
+        from .evaluation.screen import Stopped, trying
         from .evaluation.tables import distance_from_auto, numbers_table
-        from .evaluation.tuning import Search, try_numbers, write_search
+        from .evaluation.tuning import Search, check_differs, try_numbers, write_search
         from .evaluation.user_prompts import UserTask, read_prompts
 
         arguments = {**_engine_args(engine_args), "enforce_eager": True}
@@ -248,6 +275,7 @@ def tune(
         else:
             asked = _passkey_task((max_model_len,), depths, 1, rounds, seed, uses_chat)
         put = list(asked.prompts(encode if asked.scores_prompt else encode_chat))
+        check_differs(asked, put, report.trained_length, exact_short)
         search = Search(report.trained_length, max_model_len, (report.group_size, report.neighbor_window))
         with running("self-extend", checkpoint, settings, arguments) as llm, trying(stderr, 60 * budget) as show:
 
@@ -257,11 +285,12 @@ def tune(
 
             try:
                 search.run(costs_of, 60 * budget)
-            except CtrlC:
+            except Stopped:
                 if not search.costs:
                     raise
         written = write_search(search, asked.scores_prompt, folder)
-    console.print(numbers_table(search, asked.scores_prompt))
+    groups = sorted({group for group, _ in search.costs})
+    _print_tables(functools.partial(numbers_table, search, asked.scores_prompt), groups)
     group_size, window = search.best
     console.print(distance_from_auto(search), soft_wrap=True, highlight=False)
     numbers = {CONFIG_KEY: {"group_size": group_size, "neighbor_window": window, **settings}}
@@ -271,47 +300,95 @@ def tune(
 
 def _need_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
-        errors.print(
-            "[bold red]error:[/] this command needs vLLM. On a GPU machine: pip install 'vllm-selfextend\\[cuda]'. On "
-            "a machine without one, with PyTorch's CPU build installed first: pip install 'vllm-selfextend\\[cpu]'.",
-            highlight=False,
+        _fail(
+            "this command needs vLLM. On a GPU machine: pip install 'vllm-selfextend[cuda]'. On a machine without one, "
+            "with PyTorch's CPU build installed first: pip install 'vllm-selfextend[cpu]'."
         )
-        raise typer.Exit(1)
 
 
 @contextlib.contextmanager
 def _evaluating(output: Path | None) -> Iterator[tuple[Path, TextIO]]:
-    """The folder for a run, and the screen; what a user can mend, or stops, is one sentence."""
+    """The folder for a run, and the screen; what a user can mend, or stops, is one sentence.
+
+    Without `output` the folder is a temporary one, and is removed at the end unless it is of use: it has the log of a
+    run that failed, or answers to go on from.
+    """
     _need_vllm()
     _need_eval_extra()
-    from .evaluation.screen import stderr_to, stopped_by_ctrl_c
+    from .evaluation.records import alone_in
+    from .evaluation.screen import Stopped, stderr_to, stopped_by_signals
 
-    folder = Path(tempfile.mkdtemp(prefix="vllm-selfextend-")) if output is None else output
+    folder, of_use = output, True
     try:
+        if folder is None:
+            folder = _temporary_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        with stderr_to(folder / "vllm.log") as stderr, stopped_by_ctrl_c():
-            yield folder, stderr
-    except (ValueError, OSError) as error:
+        with alone_in(folder):
+            log = folder / LOG
+            try:
+                with stderr_to(log) as stderr, stopped_by_signals():
+                    yield folder, stderr
+                of_use = False
+            except Stopped as stop:
+                goes_on = _goes_on(folder)
+                of_use = bool(goes_on)
+                errors.print("Stopped.", *goes_on, highlight=False, soft_wrap=True)
+                raise typer.Exit(128 + stop.signum) from stop
+            except (ValueError, OSError) as error:
+                problem, goes_on = _keep_traceback(error, log), _goes_on(folder)
+                of_use = problem is None or bool(goes_on)
+                kept = "is in" if problem is None else f"could not be written ({problem}) to"
+                _fail(error, f"Its traceback {kept} {log}.", *goes_on)
+            except Exception:  # whose traceback follows; the end of the log stands above it
+                for sentence in _goes_on(folder):
+                    errors.print(sentence, highlight=False, soft_wrap=True)
+                raise
+    except (ValueError, OSError) as error:  # there is no log to write to
+        of_use = False
         _fail(error)
-    except KeyboardInterrupt as error:
-        kept = f" What was answered is in {folder}; the same command with --output {folder} goes on."
-        errors.print("Stopped." + (kept if (folder / "answers.jsonl").exists() else ""), highlight=False)
-        raise typer.Exit(130) from error
+    finally:
+        if output is None and folder is not None and not of_use:
+            shutil.rmtree(folder)
+
+
+def _temporary_folder() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="vllm-selfextend-"))
+    except OSError as error:
+        raise ValueError(f"Without --output a run needs a temporary folder, and there is none: {error}") from error
 
 
 def _need_eval_extra() -> None:
     missing = [name for name in ("matplotlib", "scipy") if importlib.util.find_spec(name) is None]
     if missing:
-        errors.print(
-            f"[bold red]error:[/] this command needs {' and '.join(missing)}: pip install 'vllm-selfextend\\[eval]'.",
-            highlight=False,
-        )
-        raise typer.Exit(1)
+        _fail(f"this command needs {' and '.join(missing)}: pip install 'vllm-selfextend[eval]'.")
 
 
-def _fail(error: Exception) -> NoReturn:
-    errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-    raise typer.Exit(1) from error
+def _fail(error: Exception | str, *more: str) -> NoReturn:
+    """End with an error as one sentence, and more of them below it."""
+    errors.print(Styled("error:", "bold red"), str(error), highlight=False, soft_wrap=True)
+    for sentence in more:
+        errors.print(sentence, highlight=False, soft_wrap=True)
+    raise typer.Exit(1) from (error if isinstance(error, Exception) else None)
+
+
+def _keep_traceback(error: Exception, log: Path) -> OSError | None:
+    """Write an error's traceback to a log; what comes back is why that could not be done."""
+    try:
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+    except OSError as problem:  # the disk is full, for instance, and that may be the error itself
+        return problem
+    return None
+
+
+def _goes_on(folder: Path) -> list[str]:
+    """That an ended run goes on, if it does."""
+    from .evaluation.records import has_answers
+
+    if not has_answers(folder):
+        return []
+    return [f"What was answered is in {folder}; the same command with --output {shlex.quote(str(folder))} goes on."]
 
 
 def _settings(
@@ -401,6 +478,13 @@ def _digest(prompts: "list[Prompt]") -> dict[str, Any]:
     return {"count": len(prompts), "sha256": hashlib.sha256(tokens.encode()).hexdigest()}
 
 
+def _print_tables(table_of: Callable[[Sequence[Any]], Table], columns: Sequence[Any]) -> None:
+    from .evaluation.tables import fitting
+
+    for table in fitting(table_of, columns, console):
+        console.print(table)
+
+
 def _print_example(prompts: "list[Prompt]", rows: "list[Row]") -> None:
     """One prompt of the longest kind, its middle left out, and every method's answer."""
     from .evaluation.methods import METHODS
@@ -410,18 +494,18 @@ def _print_example(prompts: "list[Prompt]", rows: "list[Row]") -> None:
     prompt = next(prompt for prompt in prompts if prompt.cell == wanted)
     begin = prompt.text.index(str(prompt.expected))
     cut = prompt.text[:60], prompt.text[begin - 80 : begin + 60], prompt.text[-90:]
-    console.print(f"\n[bold]One of the prompts[/], {longest:,} tokens, cut for the screen:")
+    console.print(Styled.assemble(("\nOne of the prompts", "bold"), f", {longest:,} tokens, cut for the screen:"))
     console.print(" ... ".join(cut), highlight=False, soft_wrap=True)
     answers = {"The key": prompt.expected}
     answers |= {METHODS[row["method"]].label: row["answer"].strip() for row in rows if row["name"] == prompt.name}
     for label, answer in answers.items():
-        console.print(f"[bold]{label:<11}[/]  {answer}", highlight=False)
+        console.print(Styled.assemble((f"{label:<11}", "bold"), f"  {answer}"), highlight=False)
 
 
 def _print_written(output: Path | None, written: "list[Path]") -> None:
     if output is not None:
         names = ", ".join(path.name for path in written)
-        console.print(f"\nWrote {names} and vllm.log to {output}.", highlight=False)
+        console.print(f"\nWrote {names} and {LOG} to {output}.", highlight=False, soft_wrap=True)
 
 
 def _plan_table(report: dict[str, Any]) -> Table:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -89,9 +90,10 @@ def test_losses_are_those_of_transformers(whole: tuple[Path, str], texts: list[P
     assert means["self-extend"][1::4] != pytest.approx(means["unmodified"][1::4], abs=1e-2)
 
 
-def broken_off(texts: list[Path], output: Path, when: Callable[[], bool]) -> str:
-    """Start the command, press Ctrl-C when asked to, and see it end; what it said, in one line."""
-    # Ctrl-C reaches every process of a terminal's job.
+def broken_off(
+    texts: list[Path], output: Path, when: Callable[[], bool], send: Callable[[int], None], exit_code: int
+) -> str:
+    """Start the command, send it a signal when asked to, and see it and its engine end; what it said, in one line."""
     run = subprocess.Popen(
         command(texts, output), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, start_new_session=True,
@@ -99,26 +101,58 @@ def broken_off(texts: list[Path], output: Path, when: Callable[[], bool]) -> str
     try:
         while run.poll() is None and not when():
             time.sleep(0.02)
-        os.killpg(run.pid, signal.SIGINT)
+        send(run.pid)
         _, said = run.communicate(timeout=60)
+        soon = time.monotonic() + 10
+        while (left := left_of(run.pid)) and time.monotonic() < soon:  # multiprocessing's resource tracker is the last
+            time.sleep(0.1)
+        assert not left
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
-    assert run.returncode == 130, said
+    assert run.returncode == exit_code, said
     assert "Traceback" not in said
     return " ".join(said.split())
 
 
+def left_of(session: int) -> list[str]:
+    """The command lines of a session's processes that run."""
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(" ".join(process.cmdline()))
+    return left
+
+
+def ctrl_c(pid: int) -> None:
+    """Ctrl-C reaches every process of a terminal's job."""
+    os.killpg(pid, signal.SIGINT)
+
+
+def terminate(pid: int) -> None:
+    """`kill`, and a batch system, reach one."""
+    os.kill(pid, signal.SIGTERM)
+
+
 def test_ctrl_c_while_an_engine_starts(texts: list[Path], tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
-    said = broken_off(texts, tmp_path, lambda: log.exists() and "Initializing a V1 LLM engine" in log.read_text())
+
+    def starts() -> bool:
+        return log.exists() and "Initializing a V1 LLM engine" in log.read_text()
+
+    said = broken_off(texts, tmp_path, starts, ctrl_c, 130)
     assert said.endswith("Stopped.")
     assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_a_run_broken_off_goes_on(whole: tuple[Path, str], texts: list[Path], tmp_path: Path) -> None:
     answers = tmp_path / "answers.jsonl"
-    said = broken_off(texts, tmp_path, lambda: answers.exists() and answers.read_text().count("\n") >= 2)
+
+    def answered() -> bool:
+        return answers.exists() and answers.read_text().count("\n") >= 2
+
+    said = broken_off(texts, tmp_path, answered, terminate, 143)
     assert "Stopped. What was answered is in" in said
     first = answers.read_text().splitlines()
     assert 2 <= len(first) < len(METHODS) * (PASSKEYS + TEXTS)

@@ -1,15 +1,24 @@
 import importlib.util
+import io
 import json
+import os
+import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 import vllm_selfextend
 from vllm_selfextend import cli
 from vllm_selfextend.__main__ import main
 from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.evaluation.records import Records
+from vllm_selfextend.evaluation.screen import Stopped, stopped_by_signals
+
+from .full_disk import full_disk
 
 
 def invoke(*arguments: object) -> Result:
@@ -160,3 +169,146 @@ def test_another_missing_package_is_not_taken_for_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "vllm_selfextend.plan", None)
     with pytest.raises(ModuleNotFoundError, match=r"vllm_selfextend\.plan"):
         main()
+
+
+def test_the_version() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"vllm-selfextend {vllm_selfextend.__version__}\n")
+
+
+BRACKETS = "[red]a [b] :warning: c"
+"""A name that rich would read as markup and an emoji."""
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    model = tmp_path / BRACKETS
+    model.mkdir()
+    (model / "config.json").write_text((MODEL_DIR / "config.json").read_text())
+    shown = invoke("plan", model, "--max-model-len", 4096).stdout
+    assert "".join(shown.split()).count("".join(BRACKETS.split())) == 2, "in the title and in the command"
+    config = json.loads((MODEL_DIR / "config.json").read_text()) | {"attention_bias": BRACKETS, "model_type": BRACKETS}
+    (model / "config.json").write_text(json.dumps(config))
+    assert BRACKETS in invoke("plan", model, "--max-model-len", 4096).stderr
+
+
+def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["vllm-selfextend", "--version"])
+    with pytest.raises(SystemExit):
+        main()
+    cli._print_written(Path("caf\u00e9"), [Path("results.json")])
+    sys.stdout.flush()
+    assert shown.getvalue().endswith(b"\nWrote results.json and vllm.log to caf\\xe9.\n")
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary folder of runs without --output."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def fail(error: BaseException, output: Path | None, *, answers: int = 0) -> int:
+    """A run that answers something and raises; its exit code."""
+
+    def run(folder: Path) -> None:
+        for name in range(answers):
+            Records(folder, {}).add({"method": "yarn", "name": str(name)})
+        raise error
+
+    with pytest.raises(typer.Exit) as ended, cli._evaluating(output) as (folder, _):
+        run(folder)
+    return ended.value.exit_code
+
+
+@pytest.mark.parametrize("error", [ValueError("no [/b]"), OSError("no [/b]")])
+def test_an_error_in_a_sentence_has_its_traceback_in_the_log(
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / BRACKETS
+    assert fail(error, output) == 1
+    assert capsys.readouterr().err == f"error: no [/b]\nIts traceback is in {output}/vllm.log.\n"
+    log = (output / "vllm.log").read_text()
+    assert log.startswith("Traceback (most recent call last)")
+    assert log.endswith(f"{type(error).__name__}: no [/b]\n")
+
+
+def test_a_failed_run_says_how_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "my results"
+    fail(OSError("no room"), output, answers=2)
+    goes_on = f"What was answered is in {output}; the same command with --output '{output}' goes on.\n"
+    assert capsys.readouterr().err.endswith(goes_on)
+    with pytest.raises(RuntimeError, match="engine"), cli._evaluating(output):
+        raise RuntimeError("engine")
+    assert capsys.readouterr().err.endswith(goes_on)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_ended_by_a_signal(signum: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It raises, so that the engine is shut down, and is what comes out whatever else that brings."""
+    before = signal.getsignal(signum)
+    engine = []
+
+    def run() -> None:
+        engine.append("runs")
+        try:
+            os.kill(os.getpid(), signum)
+        except Stopped as stop:
+            raise ValueError("the engine is dead") from stop
+        finally:
+            engine.clear()
+
+    with pytest.raises(typer.Exit) as ended, cli._evaluating(tmp_path):
+        run()
+    assert not engine
+    assert ended.value.exit_code == 128 + signum
+    assert capsys.readouterr().err == "Stopped.\n"
+    assert signal.getsignal(signum) == before
+
+
+def test_a_signal_that_somebody_ignores() -> None:
+    """As nohup does for SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopped_by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_without_output_leaves_what_is_of_use(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with cli._evaluating(None) as (folder, _):
+        assert folder.parent == temporary
+        Records(folder, {}).add({"method": "yarn", "name": "a"})
+    assert not list(temporary.iterdir()), "it is on the screen"
+    assert fail(Stopped(signal.SIGINT), None) == 130
+    assert not list(temporary.iterdir()), "nothing was answered"
+    capsys.readouterr()
+    fail(ValueError("x"), None)
+    (folder,) = temporary.iterdir()
+    assert f"Its traceback is in {folder}/vllm.log." in capsys.readouterr().err
+    assert "ValueError: x" in (folder / "vllm.log").read_text()
+
+
+def test_a_run_without_output_that_was_stopped_goes_on(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fail(Stopped(signal.SIGINT), None, answers=1)
+    (folder,) = temporary.iterdir()
+    assert f"is in {folder}; the same command with --output {folder} goes on" in capsys.readouterr().err
+    with cli._evaluating(folder) as (_, _):
+        assert list(Records(folder, {}).rows) == [("yarn", "0")]
+
+
+def test_a_temporary_folder_that_cannot_be(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with full_disk():
+        fail(ValueError("x"), None)
+    assert "could not be written ([Errno 27] File too large) to" in capsys.readouterr().err
+    assert not list(temporary.iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+    with pytest.raises(typer.Exit), cli._evaluating(None):
+        pass
+    assert "error: Without --output a run needs a temporary folder, and there is none" in capsys.readouterr().err

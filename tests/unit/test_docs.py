@@ -70,7 +70,7 @@ def messages(path: Path) -> Iterator[Message]:
             node.value, ast.Constant | ast.JoinedStr | ast.BinOp | ast.IfExp
         ):
             said = node.value
-        elif isinstance(node, ast.Call) and re.search(r"\b(warn|warning|errors\.print)$", ast.unparse(node.func)):
+        elif isinstance(node, ast.Call) and re.search(r"\b(warn|warning|errors\.print|_fail)$", ast.unparse(node.func)):
             said = node
         for text in strings(said) if said else ():
             if len(re.findall("[A-Za-z]+", text)) >= 3 and " " in text:  # others are names and punctuation

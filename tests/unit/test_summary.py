@@ -1,12 +1,13 @@
 """Shares, losses, tables and pictures of made-up answers."""
 
+import functools
 import io
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from vllm_selfextend.evaluation import plots, tables
+from vllm_selfextend.evaluation import methods, plots, tables
 from vllm_selfextend.evaluation.loss import BLOCK
 from vllm_selfextend.evaluation.summary import block_losses, passkey_share, summarize
 
@@ -70,7 +71,26 @@ def test_tables() -> None:
     assert "0% (0-66)" in text
     assert "100% (34-100)" in text
     assert "1,000 to 2,000" in text
-    assert "4.000 ± 0.000" in text
+    assert "4.000 +- 0.000" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_heading_is_cut(width: int) -> None:
+    """Six methods are wider than a terminal of 80 columns: what does not fit goes into another table below."""
+    labels = [method.label for method in methods.METHODS.values()]
+    rows = [row | {"method": name} for row in passkey_rows()[:6] for name in methods.METHODS]
+    console = Console(width=width, record=True, file=io.StringIO())
+    made = list(
+        tables.fitting(functools.partial(tables.passkey_table, rows, title="Keys"), list(methods.METHODS), console)
+    )
+    for table in made:
+        console.print(table)
+    lines = console.export_text().splitlines()
+    cells = (cell.strip() for line in lines if line.startswith("┃") for cell in line.split("┃"))
+    assert [cell for cell in cells if cell not in ("", "tokens", "1 key")] == labels
+    assert sum("100% (34-100)" in line for line in lines) == len(made)
+    assert len(made) == {60: 2, 80: 2, 200: 1}[width]
+    assert max(map(len, lines)) <= width
 
 
 def test_pictures(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from vllm_selfextend.config import SelfExtendConfig
+from vllm_selfextend.evaluation.loss import LossTask
+from vllm_selfextend.evaluation.prompts import Prompt
 from vllm_selfextend.evaluation.tables import distance_from_auto, numbers_table
-from vllm_selfextend.evaluation.tuning import Numbers, Search
+from vllm_selfextend.evaluation.tuning import Numbers, Search, check_differs
+from vllm_selfextend.evaluation.user_prompts import UserTask
 from vllm_selfextend.positions import capacity
 
 
@@ -81,10 +84,30 @@ def test_noise_is_not_called_a_difference() -> None:
     one.costs = {one.auto: [2.0, 3.0, 4.0] * 5, (30, 64): [1.0, 2.0, 3.1] * 5}
     assert "no difference" not in distance_from_auto(one)
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(numbers_table(one, True))
+    console.print(numbers_table(one, True, [30, 38]))
     shown = console.export_text()
     assert "2.033 *" in shown
     assert "3.000 a" in shown
     alone = one.auto_above_best()
     one.costs |= {(30 + n, 16): [9.0] * 15 for n in range(1, 20)}
     assert one.auto_above_best().low < alone.low, "the best of many has to be further away"
+
+
+def prompts(*lengths: int) -> list[Prompt]:
+    return [Prompt(f"prompts/{n}", {"length": n}, "text", [1] * n) for n in lengths]
+
+
+def test_prompts_that_no_numbers_answer_differently_are_refused() -> None:
+    """With 8 tokens of an answer, 7 of which are read: a query past the trained length of 256 is the 257th token."""
+    task = UserTask({}, 1024, answer_tokens=8)
+    with pytest.raises(ValueError, match="takes 256 tokens, within the trained length 256: no group size"):
+        check_differs(task, prompts(64, 249), 256, exact_short=True)
+    check_differs(task, prompts(64, 250), 256, exact_short=True)
+    check_differs(task, prompts(64, 249), 256, exact_short=False)
+
+
+def test_a_text_without_a_block_past_the_trained_length_is_refused() -> None:
+    task = LossTask({}, 1024)
+    with pytest.raises(ValueError, match="No 256 tokens of a text lie past the trained length 300"):
+        check_differs(task, prompts(64, 512), 300, exact_short=False)
+    check_differs(task, prompts(64, 513), 300, exact_short=True)

@@ -21,7 +21,7 @@ def stderr_to(log: Path) -> Iterator[TextIO]:
     but not after one whose message is for the user (`ValueError`, `OSError`).
     """
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    real = os.fdopen(os.dup(2), "w")
+    real = os.fdopen(os.dup(2), "w", errors="backslashreplace")
     try:
         with log.open("a") as file:
             os.dup2(file.fileno(), 2)
@@ -38,36 +38,48 @@ def stderr_to(log: Path) -> Iterator[TextIO]:
         real.close()
 
 
-class CtrlC(BaseException):
-    """Ctrl-C came. No KeyboardInterrupt: while an engine starts, vLLM swallows that (`zmq_socket_ctx`) and waits on."""
+class Stopped(BaseException):
+    """A signal came that asks to end: Ctrl-C, or what `kill`, a batch system or a closed terminal sends.
+
+    No KeyboardInterrupt: while an engine starts, vLLM swallows that (`zmq_socket_ctx`) and waits on.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def stopped_by_ctrl_c() -> Iterator[None]:
-    """While open, Ctrl-C raises `CtrlC` and, if that is not caught, ends in KeyboardInterrupt, whatever else it brings.
+def stopped_by_signals() -> Iterator[None]:
+    """While open, the signals in `ENDING` raise `Stopped`, which is what comes out, whatever else they bring.
 
-    A terminal sends it to vLLM's processes too, and that they have ended may be what is noticed.
+    So everything that is open is closed, the engine's processes above all. A terminal sends Ctrl-C to these too, and
+    that they have ended may be what is noticed.
     """
-    came = False
+    came: int | None = None
 
-    def interrupt(signum: int, frame: object) -> None:
+    def stop(signum: int, frame: object) -> None:
         nonlocal came
-        came = True
-        raise CtrlC
+        came = signum
+        raise Stopped(signum)
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # somebody else sees to it, as nohup does
-        yield
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    # Others are somebody else's to see to: nohup's SIGHUP for instance, which is ignored.
+    by_default = signal.SIG_DFL, signal.default_int_handler
+    before = {signum: handler for signum in ENDING if (handler := signal.getsignal(signum)) in by_default}
+    for signum in before:
+        signal.signal(signum, stop)
     try:
         yield
-    except (Exception, CtrlC) as error:
-        if came:
-            raise KeyboardInterrupt from error
+    except (Exception, Stopped) as error:
+        if came is not None:
+            raise Stopped(came) from error
         raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
 """The numbers on the screen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from .intervals import Estimate, mean
@@ -9,6 +12,32 @@ from .methods import METHODS
 from .prompts import Row
 from .summary import block_losses, column, loss_ranges, passkey_share
 from .tuning import Search, measure
+
+Column = TypeVar("Column")
+
+
+def fitting(
+    table_of: Callable[[Sequence[Column]], Table], columns: Sequence[Column], console: Console
+) -> Iterator[Table]:
+    """A table, or several one below another: each has as many of the columns as the screen has room for.
+
+    Args:
+        table_of: Makes a table of some of the columns.
+        columns: All of them, at least one.
+        console: The screen.
+
+    """
+    while columns:
+        count = len(columns)
+        while count > 1 and _width(table_of(columns[:count]), console) > console.width:
+            count -= 1
+        yield table_of(columns[:count])
+        columns = columns[count:]
+
+
+def _width(table: Table, console: Console) -> int:
+    """Of the table with nothing cut or wrapped but its title."""
+    return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
 
 
 def passkey_table(rows: Sequence[Row], methods: Sequence[str], title: str) -> Table:
@@ -40,9 +69,9 @@ def loss_table(rows: Sequence[Row], methods: Sequence[str], trained_length: int)
     return table
 
 
-def numbers_table(search: Search, is_loss: bool) -> Table:
-    """What every cell tried costs: a row per neighbor window, a column per group size."""
-    groups, windows = (sorted(set(numbers)) for numbers in zip(*search.costs, strict=True))
+def numbers_table(search: Search, is_loss: bool, groups: Sequence[int]) -> Table:
+    """What every cell tried costs: a row per neighbor window, a column per group size in `groups`."""
+    windows = sorted({window for group, window in search.costs if group in groups})
     title = f"{measure(is_loss).capitalize()}, lower is better"
     table = Table(title=title, caption="* the best  a the automatic choice")
     table.add_column("W \\ G", justify="right")
@@ -77,5 +106,5 @@ def percent(share: Estimate) -> str:
 
 
 def plus_minus(estimate: Estimate) -> str:
-    """A number and half its interval."""
-    return f"{estimate.value:.3f} ± {(estimate.high - estimate.low) / 2:.3f}"
+    """A number and half its interval, in letters that every terminal has."""
+    return f"{estimate.value:.3f} +- {(estimate.high - estimate.low) / 2:.3f}"

@@ -101,15 +101,40 @@ class Search:
         return is_allowed and capacity(self.trained_length, group_size, window) >= self.max_model_len
 
 
+def check_differs(task: Task, prompts: Sequence[Prompt], trained_length: int, exact_short: bool) -> None:
+    """Refuse prompts that any two cells answer alike, before time is spent on them.
+
+    Args:
+        task: What is gone by.
+        prompts: Of the task.
+        trained_length: `L`, tokens.
+        exact_short: Whether queries within it get the unmodified model's attention.
+
+    Raises:
+        ValueError: The loss is to be gone by, and no block of a text lies past the trained length; or prompts with
+            their answers are, and all lie within it.
+
+    """
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if task.scores_prompt:
+        if not any(begin >= trained_length for begin in range(0, longest, BLOCK)):
+            raise ValueError(
+                f"No {BLOCK} tokens of a text lie past the trained length {trained_length}: ask for a longer "
+                "--max-model-len, or go by --task passkey."
+            )
+        return
+    # The last token of an answer is not read.
+    if exact_short and (read := longest + task.answer_tokens - 1) <= trained_length:
+        raise ValueError(
+            f"The longest prompt with its answer takes {read} tokens, within the trained length {trained_length}: no "
+            "group size and no window changes an answer there. Give longer prompts, or ask for --no-exact-short."
+        )
+
+
 def try_numbers(
     llm: "LLM", numbers: Numbers, task: Task, prompts: Sequence[Prompt], trained_length: int
 ) -> list[float]:
-    """Change a running engine's numbers, put all prompts to it, and say what they cost (see `Search.costs`).
-
-    Raises:
-        ValueError: The loss is to be gone by, and no block of a text lies past the trained length.
-
-    """
+    """Change a running engine's numbers, put all prompts to it, and say what they cost (see `Search.costs`)."""
     llm.collective_rpc("change_numbers", args=numbers)
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not empty its prefix cache, whose keys are stored for the numbers before.")
@@ -123,12 +148,7 @@ def try_numbers(
             costs[prompt.name] = [loss for begin, _, loss in blocks if begin >= trained_length]
 
     ask(llm, task, prompts, keep)
-    if not (in_order := [cost for prompt in prompts for cost in costs[prompt.name]]):
-        raise ValueError(
-            f"No {BLOCK} tokens of a text lie past the trained length {trained_length}: ask for a longer "
-            "--max-model-len, or go by --task passkey."
-        )
-    return in_order
+    return [cost for prompt in prompts for cost in costs[prompt.name]]
 
 
 def write_search(search: Search, is_loss: bool, folder: Path) -> list[Path]:
