@@ -4,13 +4,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from .backends import KERNEL_CHOICES
 from .plan import CONFIG_KEY, ExtensionPlan
 from .positions import smallest_group_size
 
-RULE_LOW, RULE_HIGH = 1 / 2, 2 / 3
+RULE_LOW, RULE_HIGH = Fraction(1, 2), Fraction(2, 3)
 """The authors' empirical rule: good answers while `W + (N - W) / G` is below one half to two thirds of `L`."""
 
 MAX_AUTO_WINDOW = 1024

@@ -39,6 +39,14 @@ def test_plan_prints_a_table_and_the_command() -> None:
         assert text in result.stdout
 
 
+def test_plan_does_not_warn_of_its_own_choice() -> None:
+    """Here `W + (N - W) / G` is two thirds of `L` to the last digit, which floats miss."""
+    result = invoke("plan", MODEL_DIR, "--trained-length", 4096, "--max-model-len", 16384)
+    assert "0.67, between one half and two thirds" in result.stdout
+    result = invoke("plan", MODEL_DIR, "--trained-length", 4096, "--max-model-len", 16384 + 1, "--group-size", 9)
+    assert "0.67, above two thirds" in result.stdout
+
+
 def test_plan_with_the_users_numbers() -> None:
     report = plan(MODEL_DIR, "--max-model-len", 1600, "--group-size", 8, "--neighbor-window", 64)
     assert (report["capacity"], report["reason"]) == (1600, "group size and neighbor window set by the user")

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_selfextend.config import RULE_HIGH, SelfExtendConfig
+from vllm_selfextend.positions import rule_share
 
 
 def read(**settings: object) -> SelfExtendConfig:
@@ -79,7 +80,10 @@ def test_the_automatic_choice_keeps_the_rule(trained_length: int, times: int) ->
     max_model_len = trained_length * times + 1
     plan = read().plan(trained_length, max_model_len)
     assert plan.capacity >= max_model_len
-    assert plan.rule_share <= RULE_HIGH + 1e-9
+    assert rule_share(trained_length, plan.group_size, plan.neighbor_window, max_model_len) <= RULE_HIGH
+    if plan.group_size > 1:
+        less = rule_share(trained_length, plan.group_size - 1, plan.neighbor_window, max_model_len)
+        assert less > RULE_HIGH, "no smaller one would do"
 
 
 def test_a_window_past_the_rule_gets_the_smallest_group_size_that_reaches() -> None:
