@@ -22,6 +22,7 @@ from rich.text import Text as Styled
 
 from .config import RULE_HIGH, RULE_LOW
 from .plan import CONFIG_KEY
+from .positions import rule_share
 
 if TYPE_CHECKING:
     from .evaluation.comparison import Comparison
@@ -512,7 +513,7 @@ def _plan_table(report: dict[str, Any]) -> Table:
     table = Table(title=f"Self-Extend for {report['model']}", show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="left", overflow="fold")
-    share = report["rule_share"]
+    share = rule_share(*(report[name] for name in ("trained_length", "group_size", "neighbor_window", "max_model_len")))
     if share > RULE_HIGH:
         verdict = "above two thirds: expect worse answers; raise the group size or lower the window"
     elif share > RULE_LOW:
@@ -527,7 +528,7 @@ def _plan_table(report: dict[str, Any]) -> Table:
         "neighbor window W": f"{report['neighbor_window']:,} tokens",
         "chosen because": report["reason"],
         "capacity": f"{report['capacity']:,} tokens",
-        "(W + (N - W)/G) / L": f"{share:.2f}, {verdict}" if report["group_size"] > 1 else "not needed",
+        "(W + (N - W)/G) / L": f"{float(share):.2f}, {verdict}" if report["group_size"] > 1 else "not needed",
         "KV cache": f"{report['kv_bytes_per_token']:,} bytes per token, "
         f"{report['kv_bytes_per_sequence'] / 2**30:,.2f} GiB per sequence of {report['max_model_len']:,} tokens",
     }

@@ -1,16 +1,18 @@
 """The user's numbers: `additional_config["self_extend"]`, checked, and worked out for one model and length."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from .backends import KERNEL_CHOICES
 from .plan import CONFIG_KEY, ExtensionPlan
 from .positions import smallest_group_size
 
-RULE_LOW, RULE_HIGH = 1 / 2, 2 / 3
+RULE_LOW, RULE_HIGH = Fraction(1, 2), Fraction(2, 3)
 """The authors' empirical rule: good answers while `W + (N - W) / G` is below one half to two thirds of `L`."""
 
 MAX_AUTO_WINDOW = 1024
@@ -59,11 +61,22 @@ class SelfExtendConfig:
         """Read and check `additional_config["self_extend"]`; all defaults if it is not there.
 
         Raises:
-            ValueError: It is not a mapping, has an unknown key, or a value is not allowed.
+            ValueError: It is not a mapping, has an unknown key, or a value is not allowed; or it is there by another
+                name, or its settings are without it.
 
         """
+        if misspelled := misspelled_key(additional_config):
+            raise ValueError(
+                f"additional_config has no {misspelled!r}: Self-Extend's settings are in {CONFIG_KEY!r}, such as "
+                f'{{"{CONFIG_KEY}": {{"group_size": 8}}}}.'
+            )
         settings = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         if settings is None:
+            if strays := [name for name in stray_settings(additional_config) if name in additional_config]:
+                raise ValueError(
+                    f"additional_config has {strays[0]!r}, which Self-Extend reads in {CONFIG_KEY!r} only: "
+                    f'{{"{CONFIG_KEY}": {{"{strays[0]}": ...}}}}. If it is another plugin\'s, add "{CONFIG_KEY}": {{}}.'
+                )
             return cls()
         if not isinstance(settings, Mapping):
             raise ValueError(
@@ -114,6 +127,32 @@ class SelfExtendConfig:
         if max_model_len > plan.capacity:
             raise ValueError(_too_long(plan))
         return plan
+
+
+def misspelled_key(additional_config: Any) -> str | None:
+    """A key of vLLM's `additional_config` that can only be meant for `self_extend`; None if there is none."""
+    wanted = _letters(CONFIG_KEY)
+    for key in additional_config if isinstance(additional_config, Mapping) else ():
+        letters = _letters(key)
+        if key != CONFIG_KEY and (wanted in letters or difflib.get_close_matches(letters, [wanted], cutoff=0.8)):
+            return str(key)
+    return None
+
+
+def stray_settings(additional_config: Any) -> list[str]:
+    """Names of Self-Extend's settings in vLLM's `additional_config` that are not in `self_extend`.
+
+    They are beside it or under another key, where they may be another plugin's.
+    """
+    if not isinstance(additional_config, Mapping):
+        return []
+    names = {field.name for field in dataclasses.fields(SelfExtendConfig)}
+    others = [value for key, value in additional_config.items() if key != CONFIG_KEY and isinstance(value, Mapping)]
+    return [name for mapping in (additional_config, *others) for name in mapping if name in names]
+
+
+def _letters(key: Any) -> str:
+    return "".join(filter(str.isalnum, str(key))).lower()
 
 
 def _auto_group_size(length: int, window: int, max_model_len: int) -> tuple[int, str]:

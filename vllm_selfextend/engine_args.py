@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from .backends import choose_kernels
-from .config import SelfExtendConfig
+from .config import SelfExtendConfig, misspelled_key, stray_settings
 from .kv_connectors import check_connector
 from .plan import CONFIG_KEY, ExtensionPlan, write_plan
 from .support import SELF_EXTEND_WORKERS, unsupported_reason
@@ -113,13 +113,22 @@ def configure_self_extend(replaced: str | None, original: Callable[..., VllmConf
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         if not chooses_custom(self):
-            if isinstance(self.additional_config, dict) and CONFIG_KEY in self.additional_config:
+            given = self.additional_config
+            key = CONFIG_KEY if isinstance(given, dict) and CONFIG_KEY in given else misspelled_key(given)
+            if key is not None:
                 logger.warning(
-                    "additional_config[%r] is set, but without --attention-backend CUSTOM it has no effect.", CONFIG_KEY
+                    "additional_config[%r] is set, but without --attention-backend CUSTOM it has no effect.", key
                 )
             return original(self, *args, **kwargs)
         _check_custom_is_ours(replaced)
         config = SelfExtendConfig.from_additional_config(self.additional_config)
+        for name in stray_settings(self.additional_config):
+            logger.warning(
+                "additional_config has %r outside of %r, where Self-Extend does not read it: well, if it is another "
+                "plugin's.",
+                name,
+                CONFIG_KEY,
+            )
         leaves_length_open = self.max_model_len in (None, -1)
         with widened_length_check() as check:
             vllm_config = original(self, *args, **kwargs)

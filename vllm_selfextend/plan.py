@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .positions import capacity
+from .positions import capacity, rule_share
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -46,8 +46,7 @@ class ExtensionPlan:
     @property
     def rule_share(self) -> float:
         """`(W + (N - W) / G) / L`: the authors find good answers below about 1/2 to 2/3."""
-        beyond = max(0, self.max_model_len - self.neighbor_window)
-        return (self.neighbor_window + beyond / self.group_size) / self.trained_length
+        return float(rule_share(self.trained_length, self.group_size, self.neighbor_window, self.max_model_len))
 
     @property
     def exact_len(self) -> int:

@@ -13,7 +13,7 @@ from vllm.platforms import current_platform
 from .config import SelfExtendConfig
 from .engine_args import widened_length_check
 from .plan import CONFIG_KEY
-from .plugin import incompatibility
+from .plugin import incompatibility, kept_out
 from .support import unsupported_reason
 
 
@@ -58,7 +58,7 @@ def plan_report(
         OSError: There is no such model.
 
     """
-    if problem := incompatibility():
+    if problem := kept_out() or incompatibility():
         raise ValueError(problem)
     config = SelfExtendConfig.from_additional_config({CONFIG_KEY: settings})
     model_config, derived_length = read_config(model, max_model_len, engine_args or {})

@@ -3,8 +3,10 @@
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -29,6 +31,9 @@ _INTERFACE = (
     ("vllm.v1.attention.backend", "AttentionBackend.validate_configuration", ()),
     ("vllm.v1.kv_cache_interface", "KVCacheLayout.LBHNC", ()),
 )
+
+_NAME = "selfextend"
+"""Of the entry point in `setup.py`, by which VLLM_PLUGINS goes."""
 
 _LEAVE_OUT = "Install one that is supported, or serve without --attention-backend CUSTOM."
 
@@ -63,6 +68,26 @@ def register() -> None:
     _wrap(KVConnectorFactory, "create_connector", tell_layout)
     if current_platform.is_cpu():
         _wrap(type(current_platform), "get_attn_backend_cls", _let_custom_through)
+
+
+def kept_out() -> str | None:
+    """Why vLLM does not load the plugin in processes started as this one was; None if it does."""
+    from vllm import envs
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP
+
+    if not any(plugin.name == _NAME for plugin in entry_points(group=DEFAULT_PLUGINS_GROUP)):
+        return (
+            f"vllm-selfextend is not installed in {sys.prefix}, so that vLLM finds no plugin {_NAME} there; what runs "
+            f"is the folder {Path(__file__).parent}. Install it."
+        )
+    allowed: list[str] | None = envs.VLLM_PLUGINS
+    if allowed is None or _NAME in allowed:
+        return None
+    names = ",".join([name.strip() for name in allowed if name.strip()] + [_NAME])
+    return (
+        f"VLLM_PLUGINS is {','.join(allowed)!r}, which keeps Self-Extend out: vLLM loads no plugin that it does not "
+        f"name. Set VLLM_PLUGINS={names}, or unset it."
+    )
 
 
 def incompatibility() -> str | None:

@@ -4,6 +4,8 @@
 model reads a sequence well while no relative position reaches `L`.
 """
 
+from fractions import Fraction
+
 
 def relative_position(query: int, key: int, group_size: int, neighbor_window: int) -> int:
     """The relative position that the query at position `query` gives the key at position `key <= query`."""
@@ -19,6 +21,12 @@ def capacity(trained_length: int, group_size: int, neighbor_window: int) -> int:
     """
     grouped = (trained_length - neighbor_window + neighbor_window // group_size) * group_size
     return max(grouped, neighbor_window)
+
+
+def rule_share(trained_length: int, group_size: int, neighbor_window: int, length: int) -> Fraction:
+    """`(W + (N - W) / G) / L`, exactly: the authors find good answers below about 1/2 to 2/3."""
+    beyond = max(0, length - neighbor_window)
+    return (neighbor_window + Fraction(beyond, group_size)) / trained_length
 
 
 def smallest_group_size(trained_length: int, neighbor_window: int, length: int) -> int | None:

@@ -10,6 +10,8 @@ import importlib
 import operator
 import pkgutil
 from collections.abc import Callable
+from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,12 @@ def _register_operators() -> None:
     names = [module.name for module in pkgutil.iter_modules(__path__) if module.name.startswith(prefix)]
     built = [name.removeprefix(prefix).replace("_", ".") for name in names]
     installed = ".".join(torch.__version__.split(".")[:2])
+    if installed not in built and (there := _installed_elsewhere()):
+        here = Path(__path__[0]).parents[1]
+        raise ImportError(
+            f"vllm_selfextend was imported from {here}, where they are not built for torch {installed}, and not from "
+            f"{there}, where it is installed: start Python in another folder, or take {here.parent} out of PYTHONPATH"
+        )
     if built and installed not in built:
         raise ImportError(
             f"they were built for torch {', '.join(built)}, torch {installed} is installed; reinstall vllm-selfextend "
@@ -38,6 +46,16 @@ def _register_operators() -> None:
             f"{error}. They are built when vllm-selfextend is installed with a C++ compiler and "
             "pip install --no-build-isolation, against the torch that is there"
         ) from error
+
+
+def _installed_elsewhere() -> Path | None:
+    """Where the package is installed, if it was imported from elsewhere: Python started in a clone takes that."""
+    for one in distributions(name="vllm-selfextend"):
+        package = Path(str(one.locate_file("vllm_selfextend")))
+        folder = package / "backends" / "cpu"
+        if folder.is_dir() and not folder.samefile(__path__[0]):
+            return package
+    return None
 
 
 _register_operators()

@@ -279,11 +279,21 @@ def test_an_unsupported_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert configure(tmp_path, LLAMA, max_model_len=64, attention_backend=None), "without the flag vLLM goes on"
 
 
-def test_settings_without_the_backend_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("key", ["self_extend", "self-extend"])
+def test_settings_without_the_backend_are_warned_about(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said: list[str] = []
     monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
-    configure(tmp_path, LLAMA, attention_backend=None, max_model_len=64, additional_config={"self_extend": {}})
-    assert any("without --attention-backend CUSTOM it has no effect" in line for line in said)
+    configure(tmp_path, LLAMA, attention_backend=None, max_model_len=64, additional_config={key: {}})
+    assert any(f"[{key!r}] is set, but without --attention-backend CUSTOM it has no effect" in line for line in said)
+
+
+def test_settings_in_another_place_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
+    configure(tmp_path, LLAMA, additional_config={"self_extend": {}, "other": {"kernel": "theirs"}})
+    assert any("additional_config has 'kernel' outside of 'self_extend'" in line for line in said)
 
 
 def test_a_wrong_rotation_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 import vllm_selfextend
-from vllm_selfextend import cli
+from vllm_selfextend import cli, plugin
 from vllm_selfextend.__main__ import main
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.records import Records
@@ -46,6 +46,14 @@ def test_plan_prints_a_table_and_the_command() -> None:
     assert result.exit_code == 0
     for text in ("trained length L", "256 tokens", "two thirds", "--attention-backend CUSTOM --max-model-len 4096"):
         assert text in result.stdout
+
+
+def test_plan_does_not_warn_of_its_own_choice() -> None:
+    """Here `W + (N - W) / G` is two thirds of `L` to the last digit, which floats miss."""
+    result = invoke("plan", MODEL_DIR, "--trained-length", 4096, "--max-model-len", 16384)
+    assert "0.67, between one half and two thirds" in result.stdout
+    result = invoke("plan", MODEL_DIR, "--trained-length", 4096, "--max-model-len", 16384 + 1, "--group-size", 9)
+    assert "0.67, above two thirds" in result.stdout
 
 
 def test_plan_with_the_users_numbers() -> None:
@@ -85,6 +93,32 @@ def test_plan_of_nothing() -> None:
     result = invoke("plan", "no/such/model", "--max-model-len", 4096)
     assert result.exit_code == 1
     assert "no/such/model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("plugins", "advice"), [("", "selfextend"), ("lora_resolver, other", "lora_resolver,other,selfextend")]
+)
+def test_vllm_plugins_that_keep_the_plugin_out(
+    plugins: str, advice: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    commands = [[name, MODEL_DIR, "--max-model-len", 4096] for name in ("plan", "evaluate", "tune")]
+    for command in [*commands, ["demo"]]:
+        result = invoke(*command, *(["--output", tmp_path] if command[0] != "plan" else []))
+        assert result.exit_code == 1
+        said = f"VLLM_PLUGINS is {plugins!r}, which keeps Self-Extend out: vLLM loads no plugin that it does not name."
+        assert f"{said} Set VLLM_PLUGINS={advice}, or unset it." in " ".join(result.stderr.split())
+    monkeypatch.setenv("VLLM_PLUGINS", advice)
+    assert invoke("plan", MODEL_DIR, "--max-model-len", 4096).exit_code == 0
+
+
+def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a clone on PYTHONPATH, or started in; vLLM would not find its plugin."""
+    monkeypatch.setattr(plugin, "entry_points", lambda group: ())
+    result = invoke("plan", MODEL_DIR, "--max-model-len", 4096)
+    assert result.exit_code == 1
+    said = " ".join(result.stderr.split())
+    assert f"not installed in {sys.prefix}, so that vLLM finds no plugin selfextend there; what runs is" in said
 
 
 @pytest.mark.parametrize(

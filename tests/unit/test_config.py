@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_selfextend.config import RULE_HIGH, SelfExtendConfig
+from vllm_selfextend.config import RULE_HIGH, SelfExtendConfig, stray_settings
+from vllm_selfextend.positions import rule_share
 
 
 def read(**settings: object) -> SelfExtendConfig:
@@ -18,6 +19,25 @@ def test_unknown_key_lists_the_known_ones() -> None:
     known = "group_size, neighbor_window, trained_length, exact_short, log_scale, kernel"
     with pytest.raises(ValueError, match=f"no setting 'groupsize'; the settings are {known}"):
         read(groupsize=8)
+
+
+@pytest.mark.parametrize("key", ["selfextend", "self-extend", "SelfExtend", "self_extnd", "vllm_selfextend"])
+@pytest.mark.parametrize("beside", [{}, {"self_extend": {}}])
+def test_a_key_that_can_only_mean_us(key: str, beside: dict) -> None:
+    given = {key: {"group_size": 8}, **beside}
+    with pytest.raises(ValueError, match=f"has no '{key}': Self-Extend's settings are in 'self_extend', such as"):
+        SelfExtendConfig.from_additional_config(given)
+
+
+def test_settings_that_are_not_in_self_extend() -> None:
+    with pytest.raises(ValueError, match=r"has 'group_size', which .* 'self_extend' only.*add \"self_extend\": \{\}"):
+        SelfExtendConfig.from_additional_config({"group_size": 8})
+    given = {"group_size": 128, "self_extend": {}, "other": {"kernel": "fast"}}
+    assert SelfExtendConfig.from_additional_config(given) == SelfExtendConfig()
+    assert stray_settings(given) == ["group_size", "kernel"]
+    for theirs in ({}, {"selfish": 1, "extend": 2, "other": {"size": 1}}, object(), None):
+        assert SelfExtendConfig.from_additional_config(theirs) == SelfExtendConfig()
+        assert stray_settings(theirs) == []
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True, None])
@@ -79,7 +99,10 @@ def test_the_automatic_choice_keeps_the_rule(trained_length: int, times: int) ->
     max_model_len = trained_length * times + 1
     plan = read().plan(trained_length, max_model_len)
     assert plan.capacity >= max_model_len
-    assert plan.rule_share <= RULE_HIGH + 1e-9
+    assert rule_share(trained_length, plan.group_size, plan.neighbor_window, max_model_len) <= RULE_HIGH
+    if plan.group_size > 1:
+        less = rule_share(trained_length, plan.group_size - 1, plan.neighbor_window, max_model_len)
+        assert less > RULE_HIGH, "no smaller one would do"
 
 
 def test_a_window_past_the_rule_gets_the_smallest_group_size_that_reaches() -> None:

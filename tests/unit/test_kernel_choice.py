@@ -1,5 +1,8 @@
 """Which kernels a name means on a device."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,6 +46,31 @@ def test_without_a_compiler_at_install_pytorch_serves(monkeypatch: pytest.Monkey
     assert choose_kernels("auto", CPU) == ("reference", reference, {"cpu": "No module named '_kernels'"})
     with pytest.raises(RuntimeError, match=r"cannot be loaded: No module named '_kernels'; or set kernel to 'refer"):
         choose_kernels("cpu", CPU)
+
+
+def test_a_clone_imported_in_the_place_of_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Python started in the clone's root after an install that is not editable."""
+    clone, site = tmp_path / "clone", tmp_path / "site-packages"
+    for root in (clone, site):
+        (root / "vllm_selfextend/backends/cpu").mkdir(parents=True)
+    # pip's build leaves metadata in the clone, too.
+    for folder in (clone / "vllm_selfextend.egg-info", site / "vllm_selfextend-0.0.dist-info"):
+        folder.mkdir()
+        for name in ("METADATA", "PKG-INFO"):
+            (folder / name).write_text("Metadata-Version: 2.1\nName: vllm-selfextend\nVersion: 0.0\n")
+    for name in [name for name in sys.modules if name.startswith(f"{cpu.__name__}._kernels")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(cpu, "__path__", [str(clone / "vllm_selfextend/backends/cpu")])
+    monkeypatch.setattr(sys, "path", [str(clone)])
+    with pytest.raises(ImportError, match=r"built when vllm-selfextend is installed with a C\+\+ compiler"):
+        cpu._register_operators()
+    monkeypatch.setattr(sys, "path", [str(clone), str(site)])
+    for built in ("nothing", "_kernels_torch1_0.abi3.so"):
+        (clone / "vllm_selfextend/backends/cpu" / built).touch()
+        with pytest.raises(ImportError) as refused:
+            cpu._register_operators()
+        assert f"imported from {clone}/vllm_selfextend, where they are not built for torch" in str(refused.value)
+        assert f"not from {site}/vllm_selfextend, where it is installed: start Python in another" in str(refused.value)
 
 
 def test_triton_kernels_on_a_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
