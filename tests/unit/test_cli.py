@@ -120,6 +120,7 @@ def test_evaluate_and_tune_refuse_in_a_sentence(options: list, exit_code: int, s
         (["evaluate", "--length", 2048], 1, "--length 2048 is more than --max-model-len 1024"),
         (["evaluate", "--loss-length", 2048], 1, "--loss-length 2048 is more than --max-model-len 1024"),
         (["evaluate", "--task", "passkey", "--length", 64, "--keys", 6], 1, "too short: 6 key(s) take"),
+        (["evaluate", "--loss-length", 2], 1, "A loss takes at least 3 tokens of a text, and 2 are to be read"),
         (["tune", "--task", "prompts"], 1, "--task prompts needs a file of them"),
         (["tune", "--prompts", "no.jsonl"], 1, "The prompts no.jsonl cannot be read"),
     ],
@@ -128,6 +129,14 @@ def test_what_cannot_be_asked(options: list, exit_code: int, said: str, tmp_path
     result = invoke(options[0], MODEL_DIR, "--max-model-len", 1024, *options[1:], "--output", tmp_path)
     assert result.exit_code == exit_code
     assert said in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_prompts_that_no_numbers_change_are_not_tuned(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "The sky is", "answer": "blue"}\n')
+    result = invoke("tune", MODEL_DIR, "--max-model-len", 1024, "--prompts", prompts, "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "tokens, within the trained length 256: no group size and no window" in result.stderr
 
 
 def test_without_the_extra_the_commands_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +195,6 @@ def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
     (model / "config.json").write_text((MODEL_DIR / "config.json").read_text())
     shown = invoke("plan", model, "--max-model-len", 4096).stdout
     assert "".join(shown.split()).count("".join(BRACKETS.split())) == 2, "in the title and in the command"
-    config = json.loads((MODEL_DIR / "config.json").read_text()) | {"attention_bias": BRACKETS, "model_type": BRACKETS}
-    (model / "config.json").write_text(json.dumps(config))
-    assert BRACKETS in invoke("plan", model, "--max-model-len", 4096).stderr
 
 
 def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch) -> None:
