@@ -217,16 +217,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def fail(error: BaseException, output: Path | None, *, answers: int = 0) -> int:
+def fail(error: BaseException, output: Path | None, *, answers: int = 0, model: str = "A") -> int:
     """A run that answers something and raises; its exit code."""
 
-    def run(folder: Path) -> None:
+    def run(session: cli.Session) -> None:
+        session.records = Records(session.folder, {"model": model})
         for name in range(answers):
-            Records(folder, {}).add({"method": "yarn", "name": str(name)})
+            session.records.add({"method": "yarn", "name": str(name)})
         raise error
 
-    with pytest.raises(typer.Exit) as ended, cli._evaluating(output) as (folder, _):
-        run(folder)
+    with pytest.raises(typer.Exit) as ended, cli._evaluating(output) as session:
+        run(session)
     return ended.value.exit_code
 
 
@@ -247,9 +248,13 @@ def test_a_failed_run_says_how_it_goes_on(tmp_path: Path, capsys: pytest.Capture
     fail(OSError("no room"), output, answers=2)
     goes_on = f"What was answered is in {output}; the same command with --output '{output}' goes on.\n"
     assert capsys.readouterr().err.endswith(goes_on)
-    with pytest.raises(RuntimeError, match="engine"), cli._evaluating(output):
-        raise RuntimeError("engine")
+    with pytest.raises(RuntimeError, match="the engine died"):
+        fail(RuntimeError("the engine died"), output)
     assert capsys.readouterr().err.endswith(goes_on)
+    fail(OSError("no room"), output, model="B")
+    said = capsys.readouterr().err
+    assert "holds the answers of another run: there model was 'A', and now it is 'B'" in said
+    assert "goes on" not in said
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -286,9 +291,9 @@ def test_a_signal_that_somebody_ignores() -> None:
 
 
 def test_a_run_without_output_leaves_what_is_of_use(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._evaluating(None) as (folder, _):
-        assert folder.parent == temporary
-        Records(folder, {}).add({"method": "yarn", "name": "a"})
+    with cli._evaluating(None) as session:
+        assert session.folder.parent == temporary
+        Records(session.folder, {}).add({"method": "yarn", "name": "a"})
     assert not list(temporary.iterdir()), "it is on the screen"
     assert fail(Stopped(signal.SIGINT), None) == 130
     assert not list(temporary.iterdir()), "nothing was answered"
@@ -303,8 +308,8 @@ def test_a_run_without_output_that_was_stopped_goes_on(temporary: Path, capsys: 
     fail(Stopped(signal.SIGINT), None, answers=1)
     (folder,) = temporary.iterdir()
     assert f"is in {folder}; the same command with --output {folder} goes on" in capsys.readouterr().err
-    with cli._evaluating(folder) as (_, _):
-        assert list(Records(folder, {}).rows) == [("yarn", "0")]
+    with cli._evaluating(folder):
+        assert list(Records(folder, {"model": "A"}).rows) == [("yarn", "0")]
 
 
 def test_a_temporary_folder_that_cannot_be(
