@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shlex
 import shutil
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,24 @@ if TYPE_CHECKING:
     from .evaluation.loss import LossTask
     from .evaluation.passkey import PasskeyTask
     from .evaluation.prompts import Prompt, Row, Task
+    from .evaluation.records import Records
+
+
+@dataclasses.dataclass
+class Session:
+    """Where a run writes, the screen, and the answers once they are kept in the folder."""
+
+    folder: Path
+    stderr: TextIO
+    records: "Records | None" = None
+
+    @property
+    def goes_on(self) -> list[str]:
+        """That the run goes on from what was answered, if anything was."""
+        if self.records is None or not self.records.rows:
+            return []
+        again = shlex.quote(str(self.folder))
+        return [f"What was answered is in {self.folder}; the same command with --output {again} goes on."]
 
 
 class MethodName(str, Enum):
@@ -136,13 +155,13 @@ def demo(
     output: Annotated[Path | None, typer.Option(help="Write results, a picture and vLLM's log to this folder.")] = None,
 ) -> None:
     """Find passkeys in texts up to 16 times longer than the small model that ships with the package was trained on."""
-    with _evaluating(output) as (folder, stderr):
+    with _evaluating(output) as session:
         from .demo import run
         from .evaluation.tables import passkey_table
 
         comparison = run.comparison()
         length = comparison.checkpoint.report.trained_length
-        rows, written = _compare(comparison, folder, {"demo": dataclasses.asdict(run.TASK)}, stderr)
+        rows, written = _compare(comparison, {"demo": dataclasses.asdict(run.TASK)}, session)
     title = f"Passkeys found by a model trained on {length} tokens"
     _print_tables(functools.partial(passkey_table, rows, title=title), run.METHODS)
     _print_example(comparison.prompts[0][1], rows)
@@ -183,7 +202,7 @@ def evaluate(
 ) -> None:
     """Compare Self-Extend with the unmodified model and with what vLLM has: keys found, and loss over position."""
     settings = _settings(group_size, neighbor_window, trained_length, exact_short, log_scale)
-    with _evaluating(output) as (folder, stderr):
+    with _evaluating(output) as session:
         from .evaluation.comparison import Comparison
         from .evaluation.engine import prompt_encoder
         from .evaluation.methods import allowed_methods, read_checkpoint
@@ -217,7 +236,7 @@ def evaluate(
             "chat": uses_chat,
             "prompts": {one.name: _digest(prompts) for one, prompts in prompts},
         }
-        rows, written = _compare(comparison, folder, asked, stderr)
+        rows, written = _compare(comparison, asked, session)
     for one in tasks:
         mine = [row for row in rows if row["task"] == one.name]
         if one.name == "passkey":
@@ -254,7 +273,7 @@ def tune(
 ) -> None:
     """Find the group size and neighbor window that a model reads best with at a length."""
     settings = _settings(None, None, trained_length, exact_short, log_scale)
-    with _evaluating(output) as (folder, stderr):
+    with _evaluating(output) as session:
         from .evaluation.engine import prompt_encoder, running
         from .evaluation.methods import read_checkpoint
         from .evaluation.screen import Stopped, trying
@@ -278,7 +297,10 @@ def tune(
         put = list(asked.prompts(encode if asked.scores_prompt else encode_chat))
         check_differs(asked, put, report.trained_length, exact_short)
         search = Search(report.trained_length, max_model_len, (report.group_size, report.neighbor_window))
-        with running("self-extend", checkpoint, settings, arguments) as llm, trying(stderr, 60 * budget) as show:
+        with (
+            running("self-extend", checkpoint, settings, arguments) as llm,
+            trying(session.stderr, 60 * budget) as show,
+        ):
 
             def costs_of(numbers: tuple[int, int]) -> list[float]:
                 show(f"{len(search.costs)} tried, now G {numbers[0]}, W {numbers[1]}")
@@ -289,7 +311,7 @@ def tune(
             except Stopped:
                 if not search.costs:
                     raise
-        written = write_search(search, asked.scores_prompt, folder)
+        written = write_search(search, asked.scores_prompt, session.folder)
     groups = sorted({group for group, _ in search.costs})
     _print_tables(functools.partial(numbers_table, search, asked.scores_prompt), groups)
     group_size, window = search.best
@@ -308,8 +330,8 @@ def _need_vllm() -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(output: Path | None) -> Iterator[tuple[Path, TextIO]]:
-    """The folder for a run, and the screen; what a user can mend, or stops, is one sentence.
+def _evaluating(output: Path | None) -> Iterator[Session]:
+    """A run's folder and screen; what a user can mend, or stops, is one sentence.
 
     Without `output` the folder is a temporary one, and is removed at the end unless it is of use: it has the log of a
     run that failed, or answers to go on from.
@@ -325,23 +347,22 @@ def _evaluating(output: Path | None) -> Iterator[tuple[Path, TextIO]]:
             folder = _temporary_folder()
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder):
-            log = folder / LOG
+            session, log = Session(folder, sys.stderr), folder / LOG
             try:
-                with stderr_to(log) as stderr, stopped_by_signals():
-                    yield folder, stderr
+                with stderr_to(log) as session.stderr, stopped_by_signals():
+                    yield session
                 of_use = False
             except Stopped as stop:
-                goes_on = _goes_on(folder)
-                of_use = bool(goes_on)
-                errors.print("Stopped.", *goes_on, highlight=False, soft_wrap=True)
+                of_use = bool(session.goes_on)
+                errors.print("Stopped.", *session.goes_on, highlight=False, soft_wrap=True)
                 raise typer.Exit(128 + stop.signum) from stop
             except (ValueError, OSError) as error:
-                problem, goes_on = _keep_traceback(error, log), _goes_on(folder)
-                of_use = problem is None or bool(goes_on)
+                problem = _keep_traceback(error, log)
+                of_use = problem is None or bool(session.goes_on)
                 kept = "is in" if problem is None else f"could not be written ({problem}) to"
-                _fail(error, f"Its traceback {kept} {log}.", *goes_on)
+                _fail(error, f"Its traceback {kept} {log}.", *session.goes_on)
             except Exception:  # whose traceback follows; the end of the log stands above it
-                for sentence in _goes_on(folder):
+                for sentence in session.goes_on:
                     errors.print(sentence, highlight=False, soft_wrap=True)
                 raise
     except (ValueError, OSError) as error:  # there is no log to write to
@@ -381,15 +402,6 @@ def _keep_traceback(error: Exception, log: Path) -> OSError | None:
     except OSError as problem:  # the disk is full, for instance, and that may be the error itself
         return problem
     return None
-
-
-def _goes_on(folder: Path) -> list[str]:
-    """That an ended run goes on, if it does."""
-    from .evaluation.records import has_answers
-
-    if not has_answers(folder):
-        return []
-    return [f"What was answered is in {folder}; the same command with --output {shlex.quote(str(folder))} goes on."]
 
 
 def _settings(
@@ -445,17 +457,15 @@ def _loss_task(texts: list[Path] | None, length: int | None, max_model_len: int)
     return LossTask(read_texts(texts) if texts else standard_library_texts(), length or max_model_len)
 
 
-def _compare(
-    comparison: "Comparison", folder: Path, asked: dict[str, Any], stderr: TextIO
-) -> "tuple[list[Row], list[Path]]":
-    """Run what is not yet in the folder, with bars, and write the results there."""
+def _compare(comparison: "Comparison", asked: dict[str, Any], session: Session) -> "tuple[list[Row], list[Path]]":
+    """Run what is not yet in the session's folder, with bars, and write the results there."""
     from .evaluation.machine import describe_machine
     from .evaluation.methods import METHODS
     from .evaluation.records import Records
     from .evaluation.screen import bars, reading_work
 
     comparison.check()
-    records = Records(folder, asked | {"machine": describe_machine()})
+    records = session.records = Records(session.folder, asked | {"machine": describe_machine()})
     hidden_size = comparison.checkpoint.hidden_size
     work = {
         METHODS[method].label: sum(
@@ -465,7 +475,7 @@ def _compare(
         )
         for method in comparison.methods
     }
-    with bars(stderr, work) as advance:
+    with bars(session.stderr, work) as advance:
         comparison.run(
             records,
             lambda method, prompt: advance(METHODS[method].label, reading_work(len(prompt.token_ids), hidden_size)),

@@ -154,6 +154,7 @@ def test_evaluate_and_tune_refuse_in_a_sentence(options: list, exit_code: int, s
         (["evaluate", "--length", 2048], 1, "--length 2048 is more than --max-model-len 1024"),
         (["evaluate", "--loss-length", 2048], 1, "--loss-length 2048 is more than --max-model-len 1024"),
         (["evaluate", "--task", "passkey", "--length", 64, "--keys", 6], 1, "too short: 6 key(s) take"),
+        (["evaluate", "--loss-length", 2], 1, "A loss takes at least 3 tokens of a text, and 2 are to be read"),
         (["tune", "--task", "prompts"], 1, "--task prompts needs a file of them"),
         (["tune", "--prompts", "no.jsonl"], 1, "The prompts no.jsonl cannot be read"),
     ],
@@ -162,6 +163,14 @@ def test_what_cannot_be_asked(options: list, exit_code: int, said: str, tmp_path
     result = invoke(options[0], MODEL_DIR, "--max-model-len", 1024, *options[1:], "--output", tmp_path)
     assert result.exit_code == exit_code
     assert said in " ".join(result.stderr.replace("│", "").split())
+
+
+def test_prompts_that_no_numbers_change_are_not_tuned(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "The sky is", "answer": "blue"}\n')
+    result = invoke("tune", MODEL_DIR, "--max-model-len", 1024, "--prompts", prompts, "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "tokens, within the trained length 256: no group size and no window" in result.stderr
 
 
 def test_without_the_extra_the_commands_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,9 +229,6 @@ def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
     (model / "config.json").write_text((MODEL_DIR / "config.json").read_text())
     shown = invoke("plan", model, "--max-model-len", 4096).stdout
     assert "".join(shown.split()).count("".join(BRACKETS.split())) == 2, "in the title and in the command"
-    config = json.loads((MODEL_DIR / "config.json").read_text()) | {"attention_bias": BRACKETS, "model_type": BRACKETS}
-    (model / "config.json").write_text(json.dumps(config))
-    assert BRACKETS in invoke("plan", model, "--max-model-len", 4096).stderr
 
 
 def test_a_terminal_without_the_letters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,16 +251,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def fail(error: BaseException, output: Path | None, *, answers: int = 0) -> int:
+def fail(error: BaseException, output: Path | None, *, answers: int = 0, model: str = "A") -> int:
     """A run that answers something and raises; its exit code."""
 
-    def run(folder: Path) -> None:
+    def run(session: cli.Session) -> None:
+        session.records = Records(session.folder, {"model": model})
         for name in range(answers):
-            Records(folder, {}).add({"method": "yarn", "name": str(name)})
+            session.records.add({"method": "yarn", "name": str(name)})
         raise error
 
-    with pytest.raises(typer.Exit) as ended, cli._evaluating(output) as (folder, _):
-        run(folder)
+    with pytest.raises(typer.Exit) as ended, cli._evaluating(output) as session:
+        run(session)
     return ended.value.exit_code
 
 
@@ -275,9 +282,13 @@ def test_a_failed_run_says_how_it_goes_on(tmp_path: Path, capsys: pytest.Capture
     fail(OSError("no room"), output, answers=2)
     goes_on = f"What was answered is in {output}; the same command with --output '{output}' goes on.\n"
     assert capsys.readouterr().err.endswith(goes_on)
-    with pytest.raises(RuntimeError, match="engine"), cli._evaluating(output):
-        raise RuntimeError("engine")
+    with pytest.raises(RuntimeError, match="the engine died"):
+        fail(RuntimeError("the engine died"), output)
     assert capsys.readouterr().err.endswith(goes_on)
+    fail(OSError("no room"), output, model="B")
+    said = capsys.readouterr().err
+    assert "holds the answers of another run: there model was 'A', and now it is 'B'" in said
+    assert "goes on" not in said
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -314,9 +325,9 @@ def test_a_signal_that_somebody_ignores() -> None:
 
 
 def test_a_run_without_output_leaves_what_is_of_use(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._evaluating(None) as (folder, _):
-        assert folder.parent == temporary
-        Records(folder, {}).add({"method": "yarn", "name": "a"})
+    with cli._evaluating(None) as session:
+        assert session.folder.parent == temporary
+        Records(session.folder, {}).add({"method": "yarn", "name": "a"})
     assert not list(temporary.iterdir()), "it is on the screen"
     assert fail(Stopped(signal.SIGINT), None) == 130
     assert not list(temporary.iterdir()), "nothing was answered"
@@ -331,8 +342,8 @@ def test_a_run_without_output_that_was_stopped_goes_on(temporary: Path, capsys: 
     fail(Stopped(signal.SIGINT), None, answers=1)
     (folder,) = temporary.iterdir()
     assert f"is in {folder}; the same command with --output {folder} goes on" in capsys.readouterr().err
-    with cli._evaluating(folder) as (_, _):
-        assert list(Records(folder, {}).rows) == [("yarn", "0")]
+    with cli._evaluating(folder):
+        assert list(Records(folder, {"model": "A"}).rows) == [("yarn", "0")]
 
 
 def test_a_temporary_folder_that_cannot_be(

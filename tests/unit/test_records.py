@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from vllm_selfextend.evaluation.records import Records, alone_in, has_answers, write_json
+from vllm_selfextend import cli
+from vllm_selfextend.evaluation.records import Records, alone_in, write_json
 
 from .full_disk import full_disk
 
@@ -88,9 +90,7 @@ def test_settings_without_an_answer_do_not_count(tmp_path: Path, answers: str | 
     Records(tmp_path, {"model": "A", "seed": 0})
     if answers is not None:
         (tmp_path / "answers.jsonl").write_text(answers)
-    assert not has_answers(tmp_path)
     Records(tmp_path, {"model": "A", "seed": 1}).add(row("a"))
-    assert has_answers(tmp_path)
     assert list(Records(tmp_path, {"model": "A", "seed": 1}).rows) == [("yarn", "a")]
 
 
@@ -112,7 +112,7 @@ def test_files_of_others_are_left_as_they_are(tmp_path: Path, files: dict[str, s
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Until the first process ends, however it does, and whether or not an engine that it forked lives on."""
     script = (
         "import os, sys, time\nfrom pathlib import Path\nfrom vllm_selfextend.evaluation.records import alone_in\n"
@@ -124,6 +124,13 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
         assert run.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match="Another run is at work in"), alone_in(tmp_path):
             pass
+        with pytest.raises(typer.Exit), cli._evaluating(tmp_path):
+            pass
+        assert (
+            capsys.readouterr().err
+            == f"error: Another run is at work in {tmp_path}: wait for it, or take another folder.\n"
+        )
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"], "the log is the other's"
         run.kill()
         run.wait()
         with alone_in(tmp_path):

@@ -11,7 +11,6 @@ from typing import Any
 from .prompts import Row
 
 DIFFERENCES_SHOWN = 3
-ANSWERS = "answers.jsonl"
 
 
 class Records:
@@ -29,7 +28,7 @@ class Records:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
-        self._answers = folder / ANSWERS
+        self._answers = folder / "answers.jsonl"
         content = self._answers.read_bytes() if self._answers.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         self.rows: dict[tuple[str, str], Row] = dict(self._read(whole))
@@ -109,12 +108,6 @@ def alone_in(folder: Path) -> Iterator[None]:
                 "another file system."
             ) from error
         yield
-
-
-def has_answers(folder: Path) -> bool:
-    """Whether a run in this folder has an answer to go on from."""
-    answers = folder / ANSWERS
-    return answers.exists() and b"\n" in answers.read_bytes()
 
 
 def write_json(path: Path, document: Any) -> None:
