@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from .rotation_probe import probe_positions
 
 
 def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
-    """Bind the served model of a worker, and its draft model if it has one.
+    """Bind the served model of a worker, and its draft model or head if it has one.
 
     Raises:
         ValueError: A layer's rotation cannot be told or is not what the config says.
@@ -38,7 +39,7 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
         bind_model(model_runner.get_model(), vllm_config.model_config, model_runner, vllm_config, must_extend=is_whole)
         if (draft := model_runner.get_draft_model()) is not None:
             draft_config = vllm_config.speculative_config.draft_model_config
-            bind_model(draft, draft_config, model_runner, vllm_config, must_extend=False)
+            bind_model(draft, draft_config, model_runner, vllm_config, must_extend=False, is_draft=True)
 
 
 def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, neighbor_window: int) -> None:
@@ -66,24 +67,37 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, 
 
 
 def bind_model(
-    model: nn.Module, model_config: ModelConfig, model_runner: Any, vllm_config: VllmConfig, *, must_extend: bool
+    model: nn.Module,
+    model_config: ModelConfig,
+    model_runner: Any,
+    vllm_config: VllmConfig,
+    *,
+    must_extend: bool,
+    is_draft: bool = False,
 ) -> None:
     """Check and lengthen every rotary table of `model`, and tell each full-attention layer how it is rotated.
 
-    With `must_extend`, a model of which no layer groups positions is refused.
+    With `must_extend`, a model of which no layer groups positions is refused. With `is_draft` it is run as vLLM's
+    proposers run theirs, which may have modules that vLLM does not use.
     """
     name, plan = model_config.model, read_plan(vllm_config)
     layers = dict(_attention_layers(model))
+    ends_early = model_config.max_model_len < plan.max_model_len and not vllm_config.use_v2_model_runner
+    if is_draft and not layers and ends_early:
+        return  # vLLM asks it for nothing past the length that it was made for
     if (layers or must_extend) and (reason := _left_out(model)):
         raise ValueError(f"Self-Extend cannot serve {name}: {reason}")
     known = _known_frequencies(model, model_config, plan.max_model_len)
     positions = probe_positions(plan.max_model_len)
-    probed = _probe(model, layers, positions, model_config, model_runner, vllm_config)
+    probed = _probe(model, layers, positions, model_config, is_draft, model_runner, vllm_config)
     num_steps = num_rotation_steps(plan.max_model_len, plan.group_size, plan.neighbor_window)
     # Not the weights' device: those may be offloaded.
     device = model_runner.device
     tables: dict[bytes, torch.Tensor] = {}
     for path, layer in layers.items():
+        if is_draft and path not in probed:
+            layer.impl.bind(plan, None)
+            continue
         with _naming(name, path):
             if path not in probed:
                 raise ValueError("the model does not use this layer, so how it is rotated cannot be told.")
@@ -151,30 +165,72 @@ def _probe(
     layers: dict[str, Attention],
     positions: torch.Tensor,
     model_config: ModelConfig,
+    is_draft: bool,
     model_runner: Any,
     vllm_config: VllmConfig,
 ) -> dict[str, QueryAndKey]:
     """What `queries_and_keys` finds for a token at each of the positions."""
     if not layers:
         return {}
-    num_tokens, device = len(positions), model_runner.device
+    num_tokens = len(positions)
+    arguments = _draft_arguments if is_draft else _model_arguments
+    calls = arguments(model, positions.to(model_runner.device), model_config, model_runner, vllm_config)
+    for call in calls:
+        try:
+            inspect.signature(model.forward).bind(**call)
+        except TypeError as error:
+            raise ValueError(
+                f"Self-Extend cannot serve {model_config.model}: its {type(model).__name__} cannot be run as vLLM runs "
+                f"{'drafts' if is_draft else 'models'} ({error}), so how its layers are rotated cannot be told."
+            ) from error
 
     def run() -> None:
-        given = positions.to(device)
-        intermediate = None
-        if not get_pp_group().is_first_rank:
-            intermediate = model.make_empty_intermediate_tensors(num_tokens, model_config.dtype, device)
         with (
             model_runner.maybe_select_dummy_loras(vllm_config.lora_config, np.array([num_tokens], dtype=np.int32)),
             set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
         ):
-            model(
-                input_ids=torch.zeros(num_tokens, dtype=torch.int32, device=device),
-                positions=given.expand(3, -1) if model_config.uses_mrope else given,
-                intermediate_tensors=intermediate,
-            )
+            for call in calls:
+                model(**call)
 
     return queries_and_keys(model, layers, model_config.get_hidden_size(), run)
+
+
+def _model_arguments(
+    model: Any, positions: torch.Tensor, model_config: ModelConfig, model_runner: Any, vllm_config: VllmConfig
+) -> list[dict[str, Any]]:
+    """The call that runs a model, or this process's stage of it, on a token at each of the positions."""
+    intermediate = None
+    if not get_pp_group().is_first_rank:
+        intermediate = model.make_empty_intermediate_tensors(len(positions), model_config.dtype, positions.device)
+    return [{**_tokens(positions, model_config), "intermediate_tensors": intermediate}]
+
+
+def _draft_arguments(
+    model: Any, positions: torch.Tensor, model_config: ModelConfig, model_runner: Any, vllm_config: VllmConfig
+) -> list[dict[str, Any]]:
+    """The calls that run all that vLLM uses of a draft model or head, as its proposers make them.
+
+    The first runner's are in `vllm/v1/spec_decode/`, the second one's in `vllm/v1/worker/gpu/spec_decode/`.
+    """
+    speculative_config = vllm_config.speculative_config
+    call = {**_tokens(positions, model_config), "inputs_embeds": None}
+    if not speculative_config.use_eagle():
+        return [call]
+    is_second_runner = hasattr(model_runner, "speculator")
+    proposer = model_runner.speculator if is_second_runner else model_runner.drafter
+    shape = len(positions), proposer.hidden_size
+    call["hidden_states"] = torch.ones(shape, dtype=model_config.dtype, device=positions.device)
+    # An MTP head may have a module for each token that it drafts. These proposers choose one; the others never do.
+    if speculative_config.use_step3p5_mtp() or (is_second_runner and speculative_config.use_multi_module_mtp()):
+        return [{**call, "spec_step_idx": step} for step in range(speculative_config.num_speculative_tokens)]
+    return [call]
+
+
+def _tokens(positions: torch.Tensor, model_config: ModelConfig) -> dict[str, Any]:
+    return {
+        "input_ids": torch.zeros(len(positions), dtype=torch.int32, device=positions.device),
+        "positions": positions.expand(3, -1) if model_config.uses_mrope else positions,
+    }
 
 
 @contextlib.contextmanager

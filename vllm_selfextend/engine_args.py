@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import AttentionConfig, SpeculativeConfig, VllmConfig
+from vllm.config import AttentionConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -191,8 +191,8 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
     if plan.group_size == 1:
         logger.info("Self-Extend is off: %s.", plan.reason)
     else:
-        if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
-            _extend_draft(vllm_config.speculative_config, plan, device)
+        if vllm_config.speculative_config is not None:
+            _extend_draft(vllm_config, plan, device)
         logger.info(
             "Self-Extend: trained length %d, group size %d, neighbor window %d; %d tokens are served of the %d that "
             "these reach. Prompts within the trained length are answered %s.",
@@ -217,27 +217,62 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
     return plan
 
 
-def _extend_draft(speculative_config: SpeculativeConfig, plan: ExtensionPlan, device: torch.device) -> None:
-    """Extend a draft model like the model that it drafts for, if it can be and the user chose no other backend for it.
+def _extend_draft(vllm_config: VllmConfig, plan: ExtensionPlan, device: torch.device) -> None:
+    """Extend a draft model or head like the model that it drafts for, if it can be and no other backend was chosen.
 
-    vLLM would choose its backend anew (`vllm/v1/spec_decode/llm_base_proposer.py`, `_create_draft_vllm_config`), and
-    not ask it past the length of its own checkpoint.
+    vLLM might choose its backend anew, and its first runner does not ask it past the length of its own checkpoint.
 
     Raises:
-        ValueError: The user chose CUSTOM for a draft model that cannot be extended.
+        ValueError: A draft that cannot be extended would have CUSTOM all the same.
 
     """
-    draft, backend = speculative_config.draft_model_config, speculative_config.attention_backend
-    if backend not in (None, AttentionBackendEnum.CUSTOM):
+    speculative_config = vllm_config.speculative_config
+    draft = speculative_config.draft_model_config
+    if draft is None:  # suffix decoding
         return
-    if reason := unsupported_reason(plan, draft, device):
-        if backend is not None:
-            raise ValueError(f"Self-Extend cannot serve the draft model {draft.model}: {reason}")
-        logger.warning("The draft model %s is not extended: %s", draft.model, reason)
-        return
-    speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
-    if speculative_config.max_model_len is None:
+    reason = None
+    if speculative_config.uses_draft_model() or speculative_config.use_eagle():
+        backend = _draft_backend(vllm_config)
+        if backend not in (None, AttentionBackendEnum.CUSTOM):
+            reason = (
+                f"the speculative config asks for the attention backend {backend.name}. Leave attention_backend out."
+            )
+        else:
+            reason = unsupported_reason(plan, draft, device, must_extend=False)
+        if reason is None:
+            speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
+        elif backend is AttentionBackendEnum.CUSTOM:
+            raise ValueError(
+                f"Self-Extend cannot serve the draft model {draft.model}: {reason} Or choose another attention_backend "
+                "in the speculative config, or another draft."
+            )
+        else:
+            logger.warning("The draft model %s is not extended: %s", draft.model, reason)
+    # Others, as Medusa's heads, have no attention and so no length.
+    if reason is None and speculative_config.max_model_len is None:
         draft.max_model_len = plan.max_model_len
+    if draft.max_model_len < plan.max_model_len and not vllm_config.use_v2_model_runner:
+        logger.warning(
+            "Drafts end at %d tokens, %s. For a batch that holds a longer text vLLM drafts nothing and verifies zeros "
+            "instead, for all its requests: answers are right, but slower than without speculation.",
+            draft.max_model_len,
+            "the draft's own length" if reason else "the speculative config's max_model_len",
+        )
+
+
+def _draft_backend(vllm_config: VllmConfig) -> AttentionBackendEnum | None:
+    """What vLLM gives a draft's layers with full attention; None if it is to choose by itself.
+
+    `apply_draft_overrides` in `vllm/config/speculative.py` for the V2 runner, for the first one
+    `_create_draft_vllm_config` in `vllm/v1/spec_decode/llm_base_proposer.py` and, for Gemma 4, in `gemma4.py` there. A
+    backend for a kind of layers goes before any other (`vllm/v1/attention/selector.py`).
+    """
+    speculative_config, attention_config = vllm_config.speculative_config, vllm_config.attention_config
+    backend = speculative_config.attention_backend
+    if speculative_config.use_gemma4_mtp() or (backend is None and vllm_config.use_v2_model_runner):
+        backend = attention_config.backend
+    chosen: AttentionBackendEnum | None = attention_config.backend_per_kind.get("full_attention", backend)
+    return chosen
 
 
 def _limit_to_draft(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
@@ -255,6 +290,6 @@ def _limit_to_draft(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
     if plan.group_size > 1 and (reached := vllm_config.model_config.max_model_len) < wanted:
         draft = vllm_config.speculative_config.draft_model_config.model
         raise ValueError(
-            f"The draft model {draft} reads {reached} tokens and is not extended, and vLLM's V2 model runner cannot "
-            f"serve {wanted} with it. Use a draft model that can be extended, none, or VLLM_USE_V2_MODEL_RUNNER=0."
+            f"The drafts of {draft} end at {reached} tokens, and vLLM's V2 model runner cannot serve {wanted} with "
+            "them. Use a draft that can be extended and no max_model_len for it, none, or VLLM_USE_V2_MODEL_RUNNER=0."
         )

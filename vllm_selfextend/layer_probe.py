@@ -106,12 +106,19 @@ def _recorded(layer: Attention, path: str, found: dict[str, QueryAndKey]) -> Ite
 
 
 def _decoder_layers(model: nn.Module, path: str) -> Iterable[nn.Module]:
-    """All elements of the first list of modules on the way to a module, since decoder layers may share it (Zamba 2)."""
-    module = model
+    """All elements of the first list of modules on the way to a module, since decoder layers may share it (Zamba 2).
+
+    MTP heads have a dict of modules, each of which lets no token enter at position 0 and then calls a decoder layer. So
+    there it is all on the way down to what calls the attention layer, which may get queries already.
+    """
+    on_the_way = [model]
     for name in path.split("."):
-        module = module.get_submodule(name)
+        on_the_way.append(on_the_way[-1].get_submodule(name))
+    for depth, module in enumerate(on_the_way):
         if isinstance(module, nn.ModuleList):
             return module
+        if isinstance(module, nn.ModuleDict):
+            return on_the_way[depth + 1 : -2]
     return ()
 
 

@@ -28,6 +28,7 @@ def unsupported_reason(
     *,
     parallel_config: ParallelConfig | None = None,
     speculative_config: SpeculativeConfig | None = None,
+    must_extend: bool = True,
 ) -> str | None:
     """Why this model, or this way to run it, cannot be served with the plan; None if nothing speaks against it.
 
@@ -40,6 +41,7 @@ def unsupported_reason(
         device: What it will run on, if known; without it nothing is said of kernels.
         parallel_config: How it is spread over devices, if known.
         speculative_config: How drafts are made, if known and if there are any.
+        must_extend: Whether a model is refused of which no layer sees the whole context. A draft is not.
 
     """
     if plan.group_size > 1:
@@ -47,7 +49,9 @@ def unsupported_reason(
             return reason
         if speculative_config is not None and (reason := _speculative_reason(speculative_config)):
             return reason
-        if reason := _model_reason(model_config, plan):
+        if reason := _model_reason(model_config):
+            return reason
+        if must_extend and (reason := _sliding_reason(model_config, plan)):
             return reason
     if model_config.is_mm_prefix_lm:  # grouped or not
         return (
@@ -77,7 +81,8 @@ def _speculative_reason(speculative_config: SpeculativeConfig) -> str | None:
     if speculative_config.method in PARALLEL_DRAFT_METHODS:
         return (
             f"the drafts of speculative method {speculative_config.method!r} write the cache themselves, and rotate "
-            "keys by a table of their own. Use another method, ngram or eagle for instance."
+            "keys by a table of their own. Use another method: ngram, or eagle, eagle3, mtp or draft_model, which are "
+            "extended too."
         )
     return None
 
@@ -98,7 +103,7 @@ def _kernels_reason(plan: ExtensionPlan, model_config: ModelConfig, device: torc
     return None
 
 
-def _model_reason(model_config: ModelConfig, plan: ExtensionPlan) -> str | None:
+def _model_reason(model_config: ModelConfig) -> str | None:
     """Why the model cannot be extended."""
     config = model_config.hf_text_config
     if model_config.is_encoder_decoder:
@@ -124,7 +129,7 @@ def _model_reason(model_config: ModelConfig, plan: ExtensionPlan) -> str | None:
     for one in parameters:
         if (rope_type := one.get("rope_type", "default")) not in SUPPORTED_ROPE_TYPES:
             return unsupported_rope_type(rope_type)
-    return _sliding_reason(model_config, plan)
+    return None
 
 
 def _uses_alibi(config: Any) -> bool:

@@ -156,32 +156,69 @@ def test_drafts_that_write_the_cache_themselves(tmp_path: Path) -> None:
     assert "the drafts of speculative method 'dflash' write the cache themselves" in reason
 
 
-def draft_model(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Speculation with a draft model of which only the config exists."""
+def draft_model(folder: Path, config: dict[str, Any], method: str = "draft_model") -> dict[str, Any]:
+    """Speculation with a draft model or head of which only the config exists."""
     (folder / "draft").mkdir(exist_ok=True)
     (folder / "draft" / "config.json").write_text(json.dumps(config))
-    return {"method": "draft_model", "model": str(folder / "draft"), "num_speculative_tokens": 2}
+    return {"method": method, "model": str(folder / "draft"), "num_speculative_tokens": 2}
 
 
-def test_draft_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: said.append(text % args))
+DRAFTS = {
+    "draft_model": LLAMA,
+    "eagle": LLAMA,
+    "eagle3": LLAMA,
+    "slides": {**SHAPE, "model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32},
+    "medusa": {"model_type": "medusa", "hidden_size": 64, "max_position_embeddings": 64},
+}
 
-    def draft(config: dict[str, Any], **settings: Any) -> Any:
-        speculative = draft_model(tmp_path, config) | settings
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is warned of."""
+    lines: list[str] = []
+    monkeypatch.setattr(engine_args.logger, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_drafts_go_as_far_as_the_model(kind: str, tmp_path: Path, said: list[str]) -> None:
+    def start(**settings: Any) -> Any:
+        speculative = draft_model(tmp_path, DRAFTS[kind], "draft_model" if kind == "slides" else kind) | settings
         return configure(tmp_path, LLAMA, speculative_config=speculative).speculative_config
 
-    extended = draft(LLAMA)
-    assert (extended.attention_backend.name, extended.draft_model_config.max_model_len) == ("CUSTOM", 512)
+    extended = start()
+    assert extended.draft_model_config.max_model_len == 512
+    assert getattr(extended.attention_backend, "name", None) == (None if kind == "medusa" else "CUSTOM")
     assert not said
-    other = draft(LLAMA, attention_backend="TRITON_ATTN")
+    assert start(max_model_len=48).draft_model_config.max_model_len == 48
+    assert [line.split(". ")[0] for line in said] == ["Drafts end at 48 tokens, the speculative config's max_model_len"]
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3"])
+def test_drafts_that_are_not_extended(method: str, tmp_path: Path, said: list[str]) -> None:
+    def start(config: dict[str, Any], backend: str | None = None, **settings: Any) -> Any:
+        speculative = draft_model(tmp_path, config, method) | {"attention_backend": backend}
+        return configure(tmp_path, LLAMA, speculative_config=speculative, **settings).speculative_config
+
+    other = start(LLAMA, "TRITON_ATTN")
     assert (other.attention_backend.name, other.draft_model_config.max_model_len) == ("TRITON_ATTN", 64)
+    assert "draft is not extended: the speculative config asks for the attention backend TRITON_ATTN" in said[0]
+    assert "Drafts end at 64 tokens, the draft's own length." in said[1]
+    said.clear()
     odd = {**LLAMA, "head_dim": 24}
-    left = draft(odd)
+    left = start(odd)
     assert (left.attention_backend, left.draft_model_config.max_model_len) == (None, 64)
-    assert any("draft is not extended: its heads have 24" in line for line in said)
-    with pytest.raises(ValueError, match=r"cannot serve the draft model .*draft: its heads have 24 dimensions"):
-        draft(odd, attention_backend="CUSTOM")
+    assert "draft is not extended: its heads have 24" in said[0]
+    assert "Drafts end at 64 tokens, the draft's own length." in said[1]
+    refused = (
+        r"cannot serve the draft model .*draft: its heads have 24 dimensions.* Or choose another attention_backend"
+    )
+    with pytest.raises(ValueError, match=refused):
+        start(odd, "CUSTOM")
+    # What is chosen for a kind of layers is a draft's too.
+    by_kind = {"attention_backend": None, "attention_config": {"backend_per_kind": {"full_attention": "CUSTOM"}}}
+    with pytest.raises(ValueError, match=refused):
+        start(odd, **by_kind)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
@@ -217,7 +254,7 @@ def test_a_draft_model_does_not_turn_it_off(tmp_path: Path, monkeypatch: pytest.
         assert read_plan(vllm_config).group_size > 1
         assert vllm_config.model_config.max_model_len == 512
         assert vllm_config.speculative_config.draft_model_config.max_model_len == 512
-    with pytest.raises(ValueError, match=r"draft reads 64 tokens and is not extended, and vLLM's V2 model runner"):
+    with pytest.raises(ValueError, match=r"draft end at 64 tokens, and vLLM's V2 model runner cannot serve 512"):
         start({**LLAMA, "head_dim": 24})
     # Where nothing is grouped, vLLM's limit stands.
     short = {**LLAMA, "max_position_embeddings": 32}
