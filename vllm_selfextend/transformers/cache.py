@@ -124,7 +124,7 @@ def swap_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"{type(module).__name__} is called without the keyword attention_mask; Self-Extend needs it."
         )
     if not torch.compiler.is_compiling():
-        layer.is_grouped = False
+        layer.is_grouped = layer.shares_keys
         if (implementation := layer.extension.config._attn_implementation) != NAME:
             raise RuntimeError(
                 f"the model's attention was set to {implementation!r} after SelfExtend.apply. Call "

@@ -110,6 +110,7 @@ class ExtendedLayer:
         extension: The model's.
         table: Its rotation.
         cache_argument: What the module calls the cache that it is given.
+        shares_keys: Whether it attends to keys that an extended layer before it has made, and has none in the cache.
         is_grouped: Whether the keys of the present call have been turned to their group positions.
 
     """
@@ -117,6 +118,7 @@ class ExtendedLayer:
     extension: Extension
     table: RotationTable
     cache_argument: str
+    shares_keys: bool = False
     is_grouped: bool = False
 
     def params(
