@@ -12,7 +12,6 @@ from transformers import DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 import vllm_selfextend.transformers as SelfExtend
 from tests.engine.models import SHAPE, random_prompts
 from vllm_selfextend.transformers.attention import attention
-from vllm_selfextend.transformers.extension import MODEL_ATTRIBUTE
 
 from .families import FAMILIES, random_model
 from .prompts import greedy, padded
@@ -185,13 +184,6 @@ def test_a_model_answers_the_same_after_a_second_application(model: PreTrainedMo
     assert greedy(model, prompts, 4)[0] == before
     SelfExtend.apply(model, 4, 16)
     assert greedy(model, prompts, 4)[0] == extended != before
-
-
-def test_no_mask_is_kept_between_calls(model: PreTrainedModel) -> None:
-    SelfExtend.apply(model, 4, 16)
-    logits(model)
-    extension = getattr(model.base_model, MODEL_ATTRIBUTE)
-    assert extension._last is None
 
 
 def test_keys_that_pass_by_the_cache_are_noticed(model: PreTrainedModel) -> None:

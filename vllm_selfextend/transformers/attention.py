@@ -10,6 +10,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..backends import reference
 from ..backends.interface import AttentionParams
+from .cache import GroupingCache
+from .call import Call
 from .layer import NAME, extended_layer
 from .step import Step
 
@@ -75,6 +77,7 @@ def attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    self_extend: Call | GroupingCache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of an extended layer with Self-Extend, of any other as it is.
@@ -89,6 +92,7 @@ def attention(
         dropout: Must be 0.
         softcap: As in `AttentionParams`.
         s_aux: Attention sinks, as in `AttentionParams`.
+        self_extend: What the keys of an extended layer passed through.
         kwargs: What else transformers passes.
 
     Returns:
@@ -105,9 +109,13 @@ def attention(
         raise ValueError(
             f"{type(module).__name__} adds a position bias to its scores, which Self-Extend does not know."
         )
-    layer = extended_layer(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if layer is None:
+    grouping = self_extend if isinstance(self_extend, GroupingCache) else None
+    if not (grouping.is_grouped if grouping else extended_layer(module) is None):
+        raise RuntimeError(
+            f"{type(module).__name__} did not hand its keys to the cache; Self-Extend cannot group them."
+        )
+    if grouping is None:
         if softcap is None and s_aux is None:
             num_rows, num_keys = query.shape[2], key.shape[2]
             if attention_mask is None and 1 < num_rows < num_keys:  # without a mask sdpa takes them for the first keys
@@ -119,14 +127,11 @@ def attention(
         params = AttentionParams(scale, soft_cap=softcap or 0.0, sinks=s_aux)
         step = _ordinary_step(attention_mask, query.shape[2], key.shape[2], query.device)
     else:
-        if not torch.compiler.is_compiling() and not layer.is_grouped:
-            raise RuntimeError(
-                f"{type(module).__name__} did not hand its keys to the cache; Self-Extend cannot group them."
-            )
+        layer, flash_attention = grouping.layer, grouping.layer.extension.flash_attention
         params = layer.params(key.shape[2], query.device, scale, softcap, s_aux)
-        step = layer.extension.step(attention_mask, query.shape[2], key.shape[2], query.device)
-        if layer.extension.flash_attention is not None:
-            return layer.extension.flash_attention.attend(query, key, value, step, params), None
+        step = grouping.call.step(attention_mask, query.shape[2], key.shape[2], query.device)
+        if flash_attention is not None:
+            return flash_attention.attend(query, key, value, step, params), None
     rows = query.transpose(1, 2)
     out = reference.attend(rows, key, value, step.query_pos, step.key_pos, params, step.hidden, MAX_ELEMENTS)
     return out, None

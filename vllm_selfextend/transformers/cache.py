@@ -7,7 +7,8 @@ from torch import nn
 
 from ..backends.interface import lag
 from ..backends.reference import rotate
-from .layer import NAME, Extension, extended_layer
+from .call import KEYWORD, Call
+from .layer import NAME, ExtendedLayer, Extension, extended_layer
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 """What models and attention modules call the cache: transformers 5.24, before, and GPT-NeoX's attention."""
@@ -65,43 +66,45 @@ def _mark(cache: Any, extension: Extension, layer_idx: int) -> None:
         )
     if not isinstance(cache, GroupedKeys):
         plain = type(cache)
-        if plain not in _grouped_classes:
-            _grouped_classes[plain] = type(f"Grouped{plain.__name__}", (GroupedKeys, plain), {})
-        cache.__class__ = _grouped_classes[plain]
+        cache.__class__ = _grouped_classes.setdefault(plain, type(f"Grouped{plain.__name__}", (GroupedKeys, plain), {}))
     cache.grouped_layers, cache.group_size = extension.grouped_layers, group_size
 
 
 class GroupingCache:
-    """Stands in for the cache, or for none, within one call of an attention module."""
+    """Stands in for the cache, or for none, within one call of an attention module.
 
-    def __init__(self, cache: Any, mask: torch.Tensor | None, module: nn.Module) -> None:
-        self._cache, self._mask, self._module = cache, mask, module
+    Attributes:
+        layer: What the module knew when it was called.
+        call: The call of the model.
+        is_grouped: Whether the new keys have been turned to their group positions; shared ones have, in their layer.
+
+    """
+
+    def __init__(self, cache: Any, mask: torch.Tensor | None, layer: ExtendedLayer, call: Call) -> None:
+        self._cache, self._mask = cache, mask
+        self.layer, self.call, self.is_grouped = layer, call, layer.shares_keys
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """Turn the new keys `[batch, num_kv_heads, tokens, head_size]`, then do what the cache does."""
-        layer = extended_layer(self._module)
-        if layer is None:
-            raise RuntimeError("the model was changed by SelfExtend.remove while it ran.")
-        extension, is_compiling = layer.extension, torch.compiler.is_compiling()
-        group_size, num_rows = extension.plan.group_size, key.shape[2]
+        extension, num_rows = self.layer.extension, key.shape[2]
+        group_size = extension.plan.group_size
         if self._mask is not None:
             num_keys = self._mask.shape[3]
         else:  # then the new keys are the last ones, and the cache knows how many it has
             num_keys = num_rows + (0 if self._cache is None else int(self._cache.get_seq_length(layer_idx)))
         if group_size > 1:
-            if self._cache is not None and is_compiling:
+            if self._cache is not None and torch.compiler.is_compiling():
                 setattr(self._cache, COMPILED, group_size)
             elif self._cache is not None:
                 _mark(self._cache, extension, layer_idx)
-            step = extension.step(self._mask, num_rows, num_keys, key.device)
-            rotation = layer.table.reaching(num_keys, key.device)
+            step = self.call.step(self._mask, num_rows, num_keys, key.device)
+            rotation = self.layer.table.reaching(num_keys, key.device)
             wide = key.to(torch.promote_types(key.dtype, torch.float32))
             key = rotate(wide, -lag(step.query_pos, group_size)[:, None], rotation).to(key.dtype)
-        if not is_compiling:
-            layer.is_grouped = True
+        self.is_grouped = True
         if self._cache is None:
             return key, value
         if isinstance(self._cache, GroupedKeys):
@@ -111,6 +114,8 @@ class GroupingCache:
 
 def swap_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
     """A forward pre-hook of an extended attention module: put a `GroupingCache` in place of its cache.
+
+    The attention gets it too, by `KEYWORD`.
 
     Raises:
         RuntimeError: The module is called in a way that hides its mask or its cache.
@@ -123,12 +128,13 @@ def swap_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise RuntimeError(
             f"{type(module).__name__} is called without the keyword attention_mask; Self-Extend needs it."
         )
-    if not torch.compiler.is_compiling():
-        layer.is_grouped = layer.shares_keys
-        if (implementation := layer.extension.config._attn_implementation) != NAME:
-            raise RuntimeError(
-                f"the model's attention was set to {implementation!r} after SelfExtend.apply. Call "
-                "SelfExtend.remove(model), or SelfExtend.apply again."
-            )
-    cache = GroupingCache(kwargs.get(layer.cache_argument), kwargs["attention_mask"], module)
-    return args, {**kwargs, layer.cache_argument: cache}
+    implementation = layer.extension.config._attn_implementation
+    if implementation != NAME and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"the model's attention was set to {implementation!r} after SelfExtend.apply. Call "
+            "SelfExtend.remove(model), or SelfExtend.apply again."
+        )
+    # There is none in a compiled function, or where a decoder layer does not pass it on: each layer is then on its own.
+    call = kwargs.get(KEYWORD) or Call(layer.extension)
+    cache = GroupingCache(kwargs.get(layer.cache_argument), kwargs["attention_mask"], layer, call)
+    return args, {**kwargs, layer.cache_argument: cache, KEYWORD: cache}

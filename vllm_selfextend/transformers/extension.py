@@ -2,6 +2,9 @@
 
 import inspect
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,21 +14,29 @@ from ..positions import capacity
 from ..rotary import rope_parameters, uses_alibi
 from . import attention as _attention  # noqa: F401  # registers it
 from .cache import CACHE_ARGUMENTS, swap_cache
+from .call import begin_call, end_call, takes_keywords
 from .flash_attention import find_flash_attention
 from .inputs import check_inputs
-from .layer import ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
+from .layer import ATTRIBUTE, MODEL_ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
 from .own_attention import close_attention, open_attention, set_attention
 from .watch import find_rotations
 
 logger = logging.getLogger(__name__)
 
-MODEL_ATTRIBUTE = "self_extend_extension"
-"""Where an extended model has its `Extension`."""
-
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "max_seq_length")
 """Where configs say how long the texts were that a model was trained on."""
 
+_lock = threading.RLock()
 
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One change of a model at a time: what `apply` finds there for the while is not what it was before."""
+    with _lock:
+        yield
+
+
+@_alone()
 def apply(
     model: Any,
     group_size: int,
@@ -59,6 +70,7 @@ def apply(
 
     Raises:
         ValueError: A value is not allowed, or the model cannot be extended; the message says why and what to do.
+        RuntimeError: See `remove`.
 
     Source: `SelfExtend.apply` in https://github.com/datamllab/LongLM, and section 3 of arXiv 2401.01325.
 
@@ -101,8 +113,10 @@ def apply(
         extension.hooks.append(module.register_forward_pre_hook(swap_cache, with_kwargs=True))
     base = text.base_model
     setattr(base, MODEL_ATTRIBUTE, extension)
-    extension.hooks.append(base.register_forward_pre_hook(check_inputs, with_kwargs=True))
-    extension.hooks.append(base.register_forward_hook(lambda *_: extension.forget_step(), always_call=True))
+    for checked in {base, model.base_model}:  # a text model beside others gets no tokens, which tell padding
+        extension.hooks.append(checked.register_forward_pre_hook(check_inputs, with_kwargs=True))
+    extension.hooks.append(base.register_forward_pre_hook(begin_call, with_kwargs=True))
+    extension.hooks.append(base.register_forward_hook(end_call, always_call=True))
     set_attention(text, NAME)
     logger.info(
         "Self-Extend in %d of %s's layers: group size %d, window %d, trained length %d (queries within it %s), log "
@@ -119,15 +133,22 @@ def apply(
     return plan
 
 
+@_alone()
 def remove(model: Any) -> None:
     """Take Self-Extend out of a model: it is then as it was before `apply`. Without it, nothing happens.
 
     A cache that was filled meanwhile holds keys at group positions, and the model refuses it from now on.
+
+    Raises:
+        RuntimeError: The model is answering in another thread.
+
     """
     text = _text_model(model)
     extension: Extension | None = getattr(text.base_model, MODEL_ATTRIBUTE, None)
     if extension is None:
         return
+    if extension.threads - {threading.get_ident()}:
+        raise RuntimeError("the model is answering in another thread: wait for that before its Self-Extend is changed.")
     for hook in extension.hooks:
         hook.remove()
     for module in text.modules():
@@ -177,6 +198,8 @@ def _unsupported(model: Any) -> str | None:
 
 
 def _cache_argument(module: Any) -> str:
+    if not takes_keywords(module):
+        raise ValueError(f"{type(module).__name__} takes no keywords (**kwargs) to hand on to its attention.")
     names = [name for name in inspect.signature(module.forward).parameters if name in CACHE_ARGUMENTS]
     if not names:
         known = ", ".join(CACHE_ARGUMENTS)

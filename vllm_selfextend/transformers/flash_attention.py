@@ -49,7 +49,7 @@ class Part:
 
 @dataclass
 class FlashAttention:
-    """The package, and what a step's layers share.
+    """The package.
 
     Attributes:
         varlen_func: `flash_attn.flash_attn_varlen_func`.
@@ -61,7 +61,6 @@ class FlashAttention:
     varlen_func: Callable[..., Any]
     device_type: str = "cuda"
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
-    _last: tuple[Step, list[Part]] | None = None
 
     def unusable(self, tensor: torch.Tensor) -> str | None:
         """Why it does not take a model of such weights, or such queries; None if it does."""
@@ -100,13 +99,13 @@ class FlashAttention:
                 f"the head size is {query.shape[-1]}, and FlashAttention takes up to {MAX_HEAD_SIZE}: leave "
                 "enable_flash_attention False."
             )
-        if self._last is None or self._last[0] is not step:
-            self._last = step, parts(step, params, len(query))
+        if "parts" not in step.prepared:
+            step.prepared["parts"] = parts(step, params, len(query))
         rows, wide = query.transpose(1, 2), torch.promote_types(query.dtype, torch.float32)
         query_pos, key_pos = step.query_pos.expand(rows.shape[:2]), step.key_pos.expand(len(key), -1)
         output = rows.new_zeros(rows.shape, dtype=wide)
         lse = output.new_full(rows.shape[:3], float("-inf"))
-        for part in self._last[1]:
+        for part in step.prepared["parts"]:
             part_query, part_pos = _pick(rows, part.rows).to(wide), _pick(query_pos, part.rows)
             part_query = log_scaled(part_query, part_pos, params)
             part_key = _pick(key.transpose(1, 2), part.keys)
@@ -138,10 +137,6 @@ class FlashAttention:
         if params.sinks is not None:
             output *= torch.sigmoid(lse - params.sinks.to(wide))[..., None]
         return output.to(query.dtype)
-
-    def forget_step(self) -> None:
-        """Do not keep a step's masks alive between calls of the model."""
-        self._last = None
 
 
 def find_flash_attention(implementation: str) -> FlashAttention:

@@ -1,4 +1,4 @@
-"""What an extended model knows: its numbers, each extended layer's rotation, and the step that it is in."""
+"""What an extended model knows: its numbers, and each extended layer's rotation."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,6 @@ from ..positions import smallest_group_size
 from ..rotary import cos_sin
 from ..rotation_probe import ModelRotation
 from .flash_attention import FlashAttention
-from .step import Step
 
 NAME = "self_extend"
 """What transformers calls this attention."""
@@ -20,10 +19,13 @@ NAME = "self_extend"
 ATTRIBUTE = "self_extend"
 """Where an extended attention module has its `ExtendedLayer`."""
 
+MODEL_ATTRIBUTE = "self_extend_extension"
+"""Where an extended model has its `Extension`."""
+
 
 @dataclass
 class Extension:
-    """The numbers of one extended model, and what its layers share.
+    """The numbers of one extended model, and what its layers and all of its calls share.
 
     Attributes:
         plan: The numbers.
@@ -33,6 +35,7 @@ class Extension:
         config: The model's, where the attention that it has now is written.
         flash_attention: What attends in the extended layers; None: PyTorch.
         hooks: What `remove` takes off.
+        threads: Those in which a call is under way.
 
     """
 
@@ -43,38 +46,14 @@ class Extension:
     config: Any
     flash_attention: FlashAttention | None = None
     hooks: list[Any] = field(default_factory=list)
-    _last: tuple[torch.Tensor | None, int, int, Step] | None = None
+    threads: set[int] = field(default_factory=set)
 
-    def step(self, mask: torch.Tensor | None, num_rows: int, num_keys: int, device: torch.device) -> Step:
-        """`Step.of`, worked out once for all layers that get the same mask.
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no call under way."""
+        return {**vars(self), "threads": set()}
 
-        Raises:
-            ValueError: See `Step.of`; or the sequence is longer than the numbers reach.
-
-        """
-        if torch.compiler.is_compiling():
-            return Step.of(mask, num_rows, num_keys, device)
-        last = self._last
-        if (
-            last is None
-            or last[0] is not mask
-            or last[1:3] != (num_rows, num_keys)
-            or last[3].query_pos.device != device
-        ):
-            step = Step.of(mask, num_rows, num_keys, device)
-            length = num_keys if mask is None else int(step.query_pos.max()) + 1
-            if length > self.plan.capacity:
-                raise ValueError(self._too_long(length))
-            last = self._last = mask, num_rows, num_keys, step
-        return last[3]
-
-    def forget_step(self) -> None:
-        """Do not keep a mask alive between calls of the model."""
-        self._last = None
-        if self.flash_attention is not None:
-            self.flash_attention.forget_step()
-
-    def _too_long(self, length: int) -> str:
+    def too_long(self, length: int) -> str:
+        """That a sequence of `length` tokens is longer than the numbers reach, and what to do."""
         plan = self.plan
         message = (
             f"the sequence has {length} tokens, but with trained length {plan.trained_length}, group_size "
@@ -91,15 +70,21 @@ class RotationTable:
 
     def __init__(self, rotation: ModelRotation, plan: ExtensionPlan) -> None:
         self._rotation, self._plan = rotation, plan
-        self._rows = torch.empty(0, 2 * len(rotation.frequencies))
+        self._rows: dict[torch.device, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy may be for another device, and makes its own rows."""
+        return {**vars(self), "_rows": {}}
 
     def reaching(self, num_positions: int, device: torch.device) -> Rotation:
         """The rotation, with rows for sequences of `num_positions` tokens, on `device`."""
         steps = num_rotation_steps(num_positions, self._plan.group_size, self._plan.neighbor_window)
-        if len(self._rows) < steps or self._rows.device != device:
-            # Twice as many, so that a text that grows token by token does not make a table each time.
-            self._rows = cos_sin(self._rotation.frequencies, 0, 2 * steps).to(device)
-        return Rotation(self._rows, self._rotation.interleaved)
+        rows = self._rows.get(device)
+        if rows is None or len(rows) < steps:
+            # Twice as many, so that a text that grows token by token does not make a table each time. Another thread
+            # may put fewer in their place meanwhile; these are long enough.
+            rows = self._rows[device] = cos_sin(self._rotation.frequencies, 0, 2 * steps).to(device)
+        return Rotation(rows, self._rotation.interleaved)
 
 
 @dataclass
@@ -111,7 +96,6 @@ class ExtendedLayer:
         table: Its rotation.
         cache_argument: What the module calls the cache that it is given.
         shares_keys: Whether it attends to keys that an extended layer before it has made, and has none in the cache.
-        is_grouped: Whether the keys of the present call have been turned to their group positions.
 
     """
 
@@ -119,7 +103,6 @@ class ExtendedLayer:
     table: RotationTable
     cache_argument: str
     shares_keys: bool = False
-    is_grouped: bool = False
 
     def params(
         self,

@@ -35,8 +35,8 @@ def open_attention(model: nn.Module) -> None:
 def close_attention(model: nn.Module) -> None:
     """Give back what `open_attention` took."""
     for module in model.modules():
-        if type(module).__name__ in FORWARDS:
-            vars(module).pop("forward", None)
+        if getattr(vars(module).get("forward"), "func", None) in FORWARDS.values():
+            del module.forward
 
 
 def set_attention(model: Any, name: str) -> None:
@@ -51,8 +51,8 @@ def _attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
 ) -> torch.Tensor:
     """Queries, keys and values `[batch, heads, tokens, head_size]` to `[batch, tokens, heads, head_size]`."""
-    function: Callable[..., tuple[torch.Tensor, None]] = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-    attended, _ = function(module, query, key, value, mask, **kwargs)
+    function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    attended: torch.Tensor = function(module, query, key, value, mask, **kwargs)[0]
     return attended
 
 
@@ -85,7 +85,7 @@ class _GPTJ:
     def _get_embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
         """`[batch, positions, rotary_dim]`; the model's own ends at the length that it was trained on."""
         module, needed = self._module, int(position_ids.max()) + 1
-        table = module.embed_positions
+        table: torch.Tensor = module.embed_positions
         if len(table) < needed:
             # Twice as many, so that a text that grows token by token does not make a table each time.
             size = 1 << needed.bit_length()

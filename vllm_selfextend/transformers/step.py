@@ -1,6 +1,7 @@
 """Where the tokens of one call of a model are in their sequences, told from what they see."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,12 +16,14 @@ class Step:
         key_pos: `[batch or 1, keys]`, int64: the same of keys, in the order of the cache's slots.
         hidden: `[batch, rows, keys]`, bool: what a query does not see; None: the keys after it, and it is one of the
             last keys' tokens.
+        prepared: Room for what is worked out once for all layers.
 
     """
 
     query_pos: torch.Tensor
     key_pos: torch.Tensor
     hidden: torch.Tensor | None
+    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def of(mask: torch.Tensor | None, num_rows: int, num_keys: int, device: torch.device) -> "Step":

@@ -6,6 +6,7 @@ only. (In a batch, the rows of a matrix product are rounded differently.)
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,13 +44,17 @@ class Found:
     shares_keys: bool
 
 
-_seen: list[Seen] = []
+_seen: ContextVar[list[Seen] | None] = ContextVar("seen", default=None)
+"""What `watch` has seen, in the thread that it runs in."""
 
 
 def _watch(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
-    _seen.append(Seen(module, query.detach(), key.detach(), bool(attention_mask.all())))
+    seen = _seen.get()
+    if seen is None:
+        raise RuntimeError("the model is called while SelfExtend.apply looks at how it rotates: wait for its return.")
+    seen.append(Seen(module, query.detach(), key.detach(), bool(attention_mask.all())))
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
 
@@ -83,10 +88,12 @@ def watch(model: Any) -> list[Seen]:
     # A padding token may be embedded as zeros, which no rotation turns.
     token = int(embeddings[:256].float().norm(dim=1).argmax())
     set_attention(model, NAME)
-    by_position = []
+    by_position: list[list[Seen]] = []
+    before = _seen.set(None)
     try:
         for position in POSITIONS.to(embeddings.device):
-            _seen.clear()
+            by_position.append([])
+            _seen.set(by_position[-1])
             inputs = torch.full((1, 1), token, device=embeddings.device)
             model(
                 input_ids=inputs,
@@ -94,11 +101,10 @@ def watch(model: Any) -> list[Seen]:
                 position_ids=position[None, None],
                 use_cache=False,
             )
-            by_position.append(list(_seen))
-            if not _seen:  # then a position further on may be past the end of some table
+            if not by_position[-1]:  # then a position further on may be past the end of some table
                 return []
     finally:
-        _seen.clear()
+        _seen.reset(before)
     return [
         replace(same[0], query=torch.cat([s.query for s in same]), key=torch.cat([s.key for s in same]))
         for same in zip(*by_position, strict=True)
