@@ -4,7 +4,8 @@ Every architecture of `tests/engine/architectures.py` is written as a tiny rando
 through vLLM on a CPU. Its greedy tokens and all log-probabilities are held against the second oracle, transformers in
 eager with scores from the paper (`tests/engine/oracle.py`), on both sides of the window and of the trained length. An
 architecture that is refused, or that fails, is put to stock vLLM too, with short texts: does that agree with
-transformers? Every step runs in a process of its own; one that crashes or hangs stops nothing.
+transformers? Then `SelfExtend.apply` extends the same checkpoint in transformers, and is held against the same oracle.
+Every step runs in a process of its own; one that crashes or hangs stops nothing.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,8 @@ from tests.engine.comparison import NEW_TOKENS, TOLERANCE, Generated, compare, g
 from tests.engine.conftest import ENGINE_DEFAULTS
 from tests.engine.models import TRAINED_LENGTH, random_prompts
 
+from .model_matrix_apply import extend
+
 RESULTS = Path("benchmarks/results/model_matrix.jsonl")
 DOCS = Path("docs/models.md")
 MARKER = "## Architecture by architecture"
@@ -55,7 +58,11 @@ GROUP_SIZE, NEIGHBOR_WINDOW, MAX_MODEL_LEN = 5, 18, 245
 SECONDS = 120
 """How long a step may take."""
 
-REFUSALS = ("Self-Extend cannot serve", "Self-Extend (attention backend CUSTOM) cannot run")
+REFUSALS = (
+    "Self-Extend cannot serve",
+    "Self-Extend (attention backend CUSTOM) cannot run",
+    "Self-Extend cannot be applied to",
+)
 STATES_TOLERANCE = 1e-4
 """Of a normalised state's numbers, and of a class's probability."""
 
@@ -85,6 +92,7 @@ class Result:
         stock: What stock vLLM does with short texts: "as transformers", or what is wrong.
         model: The class of vLLM's that ran.
         greatest: The greatest difference of a log-probability.
+        applied: What became of it in transformers, by the same names.
 
     """
 
@@ -98,6 +106,7 @@ class Result:
     greatest: float = 0.0
     seconds: float = 0.0
     notes: str = ""
+    applied: dict[str, Any] = field(default_factory=dict)
 
 
 class StepError(Exception):
@@ -296,6 +305,38 @@ def _stock(title: str, checkpoint: str, for_oracle: str, log: Path) -> str:
     return "as transformers"
 
 
+def run_apply(architecture: Architecture, log: Path) -> dict[str, Any]:
+    """Run one architecture in transformers; what fails, and is not refused, is put to transformers as it is too."""
+    start, title = time.monotonic(), architecture.title
+    texts = prompts(GROUP_SIZE, NEIGHBOR_WINDOW, MAX_MODEL_LEN, block_size=32)
+    numbers = GROUP_SIZE, NEIGHBOR_WINDOW
+
+    def result(status: str, **more: Any) -> dict[str, Any]:
+        return {"status": status, **more, "seconds": round(time.monotonic() - start, 1)}
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _, checkpoint = in_process(log, save, title, Path(folder))
+        except StepError as error:
+            return result("not runnable", reason=f"no checkpoint: {error}")
+        try:
+            found = in_process(log, extend, title, checkpoint, texts, numbers)
+        except StepError as error:
+            reason = str(error).replace(folder, "FOLDER")
+            if _is_refusal(reason):
+                return result("refused", reason=reason[reason.index("Self-Extend") :])
+            try:
+                in_process(log, extend, title, checkpoint, texts, None)
+            except StepError as of_transformers:
+                return result("not runnable", reason=str(of_transformers).replace(folder, "FOLDER"))
+            return result("crashes", reason=reason)
+        try:
+            greatest = in_process(log, hold, title, checkpoint, found, True)
+        except StepError as error:
+            return result("differs", reason=str(error))
+        return result("proved", greatest=greatest)
+
+
 def write_json(path: Path, results: list[Result]) -> list[Result]:
     """Put the results in the place of those that the file has for the same rows; all of them, sorted."""
     before = [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
@@ -327,6 +368,16 @@ def outcome(result: Result) -> str:
     return f"not runnable here: `{short(reason)}`; stock vLLM on short texts: {stock}"
 
 
+def outcome_in_transformers(result: Result) -> str:
+    """A row's column of `SelfExtend.apply`."""
+    status, reason = result.applied.get("status", "not run"), result.applied.get("reason", "")
+    if status == "refused":
+        return f"refused: {reason.partition(': ')[2]}"
+    if status == "not runnable":
+        return f"not runnable, transformers alone fails too: `{textwrap.shorten(reason, 240, placeholder=' ...')}`"
+    return f"**{status}**" + (f": {reason}" if reason else "")
+
+
 def without_row() -> tuple[list[str], list[str]]:
     """The registry's names that have no row: those that transformers has no class for, and the others."""
     kinds = (
@@ -344,6 +395,8 @@ def without_row() -> tuple[list[str], list[str]]:
 def docs(results: list[Result]) -> str:
     """The page from `MARKER` on."""
     counts = Counter(result.status for result in results)
+    applied = Counter(result.applied.get("status", "not run") for result in results)
+    in_transformers = ", ".join(f"{count} rows {status}" for status, count in applied.most_common())
     proved = {result.name for result in results if result.status == "proved"}
     unknown, others = without_row()
     vllm_version, hf_version = vllm.__version__.split("+")[0], transformers.__version__
@@ -370,14 +423,19 @@ Version {vllm_selfextend.__version__} of this project: **{len(proved)} architect
 {close} rows close, {refused} refused at start-up, {not_run} not runnable on this CPU, {different} different. Every
 number is in [model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).
 
-| architecture | families | |
-|---|---|---|
+The last column is the same checkpoint in transformers, without vLLM, under [`SelfExtend.apply`](transformers.md), held
+against the same implementation, with the same limit: {in_transformers}.
+Prompts are read in one call, without a cache; answers come from `generate`, all prompts at once, padded on the left.
+
+| architecture | families | vLLM | `SelfExtend.apply` |
+|---|---|---|---|
 """
     lines = [text.rstrip("\n")]
     for result in results:
         title = f"{result.name}, {result.variant}" if result.variant else result.name
         notes = f" {result.notes}" if result.notes else ""
-        cells = (cell.replace("|", "\\|") for cell in (title, result.known_as, outcome(result) + notes))
+        outcomes = outcome(result) + notes, outcome_in_transformers(result)
+        cells = (cell.replace("|", "\\|") for cell in (title, result.known_as, *outcomes))
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -390,6 +448,12 @@ number is in [model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).
     return "\n".join(lines) + "\n"
 
 
+def _line(result: dict[str, Any], more: str = "") -> str:
+    """What the console says of one outcome."""
+    what = f"{result['greatest']:.0e}" if result["status"] == "proved" else result["reason"] + more
+    return f"{result['status']}, {what} ({result['seconds']} s)"
+
+
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Architectures; all if none is named.")] = None,
     json_file: Annotated[
@@ -397,6 +461,7 @@ def main(
     ] = RESULTS,
     write_docs: Annotated[bool, typer.Option("--docs", help=f"Write {DOCS} from the results.")] = False,
     only: Annotated[str, typer.Option(help="'missing': run what has no result; 'unproved': what is not proved.")] = "",
+    host: Annotated[str, typer.Option(help="'vllm' or 'transformers': run that one alone; 13 minutes and 3.")] = "",
     log: Annotated[Path | None, typer.Option(help="Where what the processes say goes; else it is dropped.")] = None,
 ) -> None:
     """Run architectures, each in processes of its own, and write what became of them."""
@@ -405,17 +470,28 @@ def main(
         raise typer.BadParameter(f"no such architecture: {', '.join(sorted(unknown))}")
     if only not in ("", "missing", "unproved"):
         raise typer.BadParameter(f"--only is {only!r}; it must be missing or unproved.")
+    if host not in ("", "vllm", "transformers"):
+        raise typer.BadParameter(f"--host is {host!r}; it must be vllm or transformers.")
     merged = write_json(json_file, [])
     if only:
         done = {(one.name, one.variant) for one in merged if only == "missing" or one.status == "proved"}
         chosen = [one for one in chosen if (one.name, one.variant) not in done]
     for number, architecture in enumerate(chosen, 1):
-        result = run(architecture, log or Path(os.devnull))
+        key = architecture.name, architecture.variant
+        result = next((one for one in merged if (one.name, one.variant) == key), None)
+        applied = result.applied if result else {}
+        if host != "transformers" or result is None:
+            result = run(architecture, log or Path(os.devnull))
+        if host != "vllm":
+            applied = run_apply(architecture, log or Path(os.devnull))
+        result = replace(result, applied=applied)
         merged = write_json(json_file, [result])
-        style = {"proved": "green", "differs": "red", "not runnable": "red"}.get(result.status, "yellow")
-        console.print(f"{number}/{len(chosen)} {architecture.title}: ", style="bold", end="", markup=False)
-        what = f"{result.greatest:.0e}" if result.status == "proved" else f"{result.reason} [stock: {result.stock}]"
-        console.print(f"{result.status}, {what} ({result.seconds} s)", style=style, markup=False, soft_wrap=True)
+        console.print(f"{number}/{len(chosen)} {architecture.title}:", style="bold", markup=False)
+        in_vllm = "" if host == "transformers" else _line(asdict(result), f" [stock: {result.stock}]")
+        for where, line in {"vLLM": in_vllm, "transformers": "" if host == "vllm" else _line(applied)}.items():
+            if line:
+                style = {"proved": "green", "refused": "yellow", "close": "yellow"}.get(line.split(",")[0], "red")
+                console.print(f"  {where}: {line}", style=style, markup=False, soft_wrap=True)
     table = Table(box=rich.box.SIMPLE_HEAD)
     table.add_column("")
     table.add_column("rows", justify="right")
@@ -425,7 +501,7 @@ def main(
     if write_docs:
         by_hand, _, _ = DOCS.read_text(encoding="utf-8").partition(MARKER)
         DOCS.write_text(by_hand + docs(merged), encoding="utf-8")
-    if any(one.status == "differs" for one in merged):
+    if any({one.status, one.applied.get("status")} & {"differs", "crashes"} for one in merged):
         raise typer.Exit(1)
 
 

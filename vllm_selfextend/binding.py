@@ -18,11 +18,11 @@ from vllm.model_executor.models import supports_multimodal
 from .attention import SelfExtendImpl
 from .backends.interface import Rotation, num_rotation_steps
 from .config import SelfExtendConfig
-from .layer_probe import QueryAndKey, queries_and_keys, rotation_of
+from .layer_probe import QueryAndKey, queries_and_keys
 from .plan import read_plan, write_plan
 from .rotary import Frequencies, cos_sin
 from .rotary_modules import is_vllm_rotary, lengthen_tables, transformers_frequencies, vllm_frequencies
-from .rotation_probe import probe_positions
+from .rotation_probe import probe_positions, rotation_of
 
 
 def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:

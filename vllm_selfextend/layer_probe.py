@@ -13,9 +13,6 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.attention import Attention
 
-from .rotary import Frequencies
-from .rotation_probe import ModelRotation, matching_rotation
-
 QueryAndKey: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -46,45 +43,6 @@ def queries_and_keys(
         with torch.inference_mode():
             run()
     return found
-
-
-def rotation_of(
-    query: torch.Tensor, key: torch.Tensor | None, positions: torch.Tensor, candidates: Iterable[Frequencies]
-) -> ModelRotation | None:
-    """The rotation that explains what reached a layer's attention; None if the layer has none.
-
-    Queries may be longer or shorter by their position as well, as of models that sharpen attention in long texts. Keys
-    may not.
-
-    Args:
-        query: `[num_tokens, num_heads, head_size]`.
-        key: `[num_tokens, num_kv_heads, head_size]`, or None.
-        positions: `[num_tokens]`, int64, on the CPU, ascending from 0.
-        candidates: The frequencies that the model is known to rotate by.
-
-    Raises:
-        ValueError: None of the candidates explains it.
-
-    """
-    seen = [_at_equal_length(query)] if key is None else [key, _at_equal_length(query)]
-    for frequencies in (NO_ROTATION, *candidates):
-        found = [matching_rotation(x[:1].transpose(0, 1), x.transpose(0, 1), positions, [frequencies]) for x in seen]
-        if None not in found and len({rotation.interleaved for rotation in found if rotation}) == 1:
-            return None if frequencies is NO_ROTATION else found[0]
-    raise ValueError(
-        "its queries and keys are not what the model's RoPE makes of them. Something changes them once they are "
-        "rotated (a norm with weights, for instance), and a key rotated back would give wrong answers."
-    )
-
-
-NO_ROTATION: Frequencies = torch.zeros(1)
-
-
-def _at_equal_length(x: torch.Tensor) -> torch.Tensor:
-    """Each head's vectors as long as the one at position 0."""
-    lengths = x.float().norm(dim=-1, keepdim=True)
-    scaled: torch.Tensor = x.float() * (lengths[:1] / lengths.clamp(min=torch.finfo(torch.float32).tiny))
-    return scaled.to(x.dtype)
 
 
 @contextlib.contextmanager

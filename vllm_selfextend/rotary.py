@@ -81,6 +81,18 @@ def rope_parameters(hf_text_config: Any) -> Iterator[dict[str, Any]]:
         yield one
 
 
+def uses_alibi(config: Any) -> bool:
+    """Whether a config asks for a bias by distance (ALiBi) in the place of a rotation."""
+    attn_config = getattr(config, "attn_config", None) or {}
+    in_attn_config = attn_config.get("alibi") if isinstance(attn_config, dict) else getattr(attn_config, "alibi", False)
+    return bool(
+        getattr(config, "alibi", False)
+        or in_attn_config
+        or getattr(config, "position_embedding_type", None) == "alibi"
+        or config.model_type == "bloom"
+    )
+
+
 def cos_sin(frequencies: Frequencies, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Rows `start .. stop - 1` of cosines, then sines: `[stop - start, rotary_dim]`, angles computed in float64."""
     angles = torch.arange(start, stop, dtype=torch.float64)[:, None] * frequencies.to("cpu", torch.float64)

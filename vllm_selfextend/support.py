@@ -1,14 +1,12 @@
 """What Self-Extend cannot serve, and why: known from the configuration, before a worker starts."""
 
-from typing import Any
-
 import torch
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.platforms import current_platform
 
 from .backends import choose_kernels
 from .plan import CONFIG_KEY, ExtensionPlan
-from .rotary import SUPPORTED_ROPE_TYPES, rope_parameters, unsupported_rope_type
+from .rotary import SUPPORTED_ROPE_TYPES, rope_parameters, unsupported_rope_type, uses_alibi
 
 PARALLEL_DRAFT_METHODS = ("dflash", "dspark")
 """`precompute_and_store_context_kv` in vLLM 0.32's `model_executor/models/qwen3_dflash.py` and those built on it."""
@@ -121,7 +119,7 @@ def _model_reason(model_config: ModelConfig) -> str | None:
         )
     if getattr(config, "dual_chunk_attention_config", None):
         return "it uses dual chunk attention, which re-maps positions by itself."
-    if _uses_alibi(config):
+    if uses_alibi(config):
         return "it uses ALiBi; Self-Extend needs rotary position embeddings (RoPE)."
     parameters = list(rope_parameters(config))
     if not parameters:
@@ -130,17 +128,6 @@ def _model_reason(model_config: ModelConfig) -> str | None:
         if (rope_type := one.get("rope_type", "default")) not in SUPPORTED_ROPE_TYPES:
             return unsupported_rope_type(rope_type)
     return None
-
-
-def _uses_alibi(config: Any) -> bool:
-    attn_config = getattr(config, "attn_config", None) or {}
-    in_attn_config = attn_config.get("alibi") if isinstance(attn_config, dict) else getattr(attn_config, "alibi", False)
-    return bool(
-        getattr(config, "alibi", False)
-        or in_attn_config
-        or getattr(config, "position_embedding_type", None) == "alibi"
-        or config.model_type == "bloom"
-    )
 
 
 def _sliding_reason(model_config: ModelConfig, plan: ExtensionPlan) -> str | None:

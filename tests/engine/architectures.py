@@ -462,7 +462,8 @@ ARCHITECTURES: list[Architecture] = [
             ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 128},
         ),
     ),
-    Architecture("HrmTextForCausalLM", "HRM-Text", of("HrmTextConfig", prefix_lm=False)),
+    # Fewer passes through its layers than by default: in float32 those would multiply rounding past the limit.
+    Architecture("HrmTextForCausalLM", "HRM-Text", of("HrmTextConfig", prefix_lm=False, H_cycles=1, L_cycles=1)),
     Architecture(
         "HYV3ForCausalLM",
         "Hunyuan 3",
@@ -715,7 +716,12 @@ ARCHITECTURES: list[Architecture] = [
         task="classify",
     ),
     Architecture(
-        "LlamaBidirectionalModel", "llama-nemotron-embed", of("LlamaConfig", pooling="avg"), task="embed", base=True
+        "LlamaBidirectionalModel",
+        "llama-nemotron-embed",
+        of("LlamaConfig", pooling="avg"),
+        task="embed",
+        base=True,
+        oracle={"is_causal": False},  # vLLM's config says it
     ),
     # No RoPE, or keys that cannot be rotated anew.
     Architecture("BloomForCausalLM", "BLOOM, BLOOMZ", of("BloomConfig", "num_key_value_heads", n_layer=3, n_head=4)),

@@ -63,12 +63,18 @@ def load(checkpoint: str) -> PreTrainedModel:
     """The checkpoint in transformers, in float32, in the class that it names if transformers has it."""
     config = AutoConfig.from_pretrained(checkpoint)
     _take_long_factors(config.get_text_config())
-    named = getattr(transformers, (config.architectures or [""])[0], None)
-    if named is None or not named.__name__.endswith(("ForConditionalGeneration", "ForSequenceClassification")):
-        named = AutoModelForCausalLM
     # Falcon's code computes its eager attention itself, and hands the other to PyTorch.
     attention = "sdpa" if config.model_type == "falcon" else "eager"
-    return named.from_pretrained(checkpoint, config=config, dtype=torch.float32, attn_implementation=attention).eval()
+    found = model_class(config)
+    return found.from_pretrained(checkpoint, config=config, dtype=torch.float32, attn_implementation=attention).eval()
+
+
+def model_class(config: Any) -> Any:
+    """The class of transformers' that a config names, if it has one; the text model's otherwise."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if named is not None and named.__name__.endswith(("ForConditionalGeneration", "ForSequenceClassification")):
+        return named
+    return AutoModelForCausalLM
 
 
 def _take_long_factors(config: Any) -> None:

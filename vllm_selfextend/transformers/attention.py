@@ -117,6 +117,10 @@ def attention(
         )
     if grouping is None:
         if softcap is None and s_aux is None:
+            num_rows, num_keys = query.shape[2], key.shape[2]
+            if attention_mask is None and 1 < num_rows < num_keys:  # without a mask sdpa takes them for the first keys
+                seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device)
+                attention_mask = seen.tril(num_keys - num_rows)[None, None]
             out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
             return out, None
         # A layer with a sliding window: ordinary positions, and what sdpa does not do.

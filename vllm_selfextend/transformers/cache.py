@@ -76,13 +76,13 @@ class GroupingCache:
     Attributes:
         layer: What the module knew when it was called.
         call: The call of the model.
-        is_grouped: Whether the new keys have been turned to their group positions.
+        is_grouped: Whether the new keys have been turned to their group positions; shared ones have, in their layer.
 
     """
 
     def __init__(self, cache: Any, mask: torch.Tensor | None, layer: ExtendedLayer, call: Call) -> None:
         self._cache, self._mask = cache, mask
-        self.layer, self.call, self.is_grouped = layer, call, False
+        self.layer, self.call, self.is_grouped = layer, call, layer.shares_keys
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cache, name)

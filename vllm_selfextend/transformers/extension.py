@@ -11,13 +11,14 @@ from transformers import PreTrainedModel
 
 from ..plan import ExtensionPlan
 from ..positions import capacity
-from ..rotary import rope_parameters
+from ..rotary import rope_parameters, uses_alibi
 from . import attention as _attention  # noqa: F401  # registers it
 from .cache import CACHE_ARGUMENTS, swap_cache
 from .call import begin_call, end_call, takes_keywords
 from .flash_attention import find_flash_attention
 from .inputs import check_inputs
 from .layer import ATTRIBUTE, MODEL_ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
+from .own_attention import close_attention, open_attention, set_attention
 from .watch import find_rotations
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ def apply(
     A model that already has it gets the new numbers in place of the old ones.
 
     Args:
-        model: A decoder with RoPE, any class that attends through transformers' `AttentionInterface`; any dtype.
+        model: A decoder with RoPE, any class that attends through transformers' `AttentionInterface`; any dtype. Of a
+            model that reads more than text its text model is extended, the rest is left alone.
         group_size: `G`, how many neighboring positions share one grouped position; 1 is ordinary attention.
         window_size: `W`, how many tokens back positions stay exact.
         enable_flash_attention: Let the package flash-attn attend, in float16 or bfloat16 on a GPU; the answers are the
@@ -79,37 +81,43 @@ def apply(
     # Every layer is asked again when it attends; embeddings have the type that a quantised model computes in.
     if flash_attention and (reason := flash_attention.unusable(model.get_input_embeddings().weight)):
         raise ValueError(reason)
-    plan = _plan(model.config, group_size, window_size, trained_length, exact_short, scale_base)
+    text = _text_model(model)
+    plan = _plan(text.config, group_size, window_size, trained_length, exact_short, scale_base)
     remove(model)
-    before = model.config._attn_implementation
+    before = text.config._attn_implementation
     try:
-        rotations = find_rotations(model)
+        open_attention(text)
+        rotations = find_rotations(text)
         for module in rotations:
             _cache_argument(module)
-    except ValueError as error:
+    except BaseException as error:
+        close_attention(text)
+        if not isinstance(error, ValueError):
+            raise
         raise ValueError(f"Self-Extend cannot be applied to this {type(model).__name__}: {error}") from error
     finally:
-        model.set_attn_implementation(before)
+        set_attention(text, before)
     extension = Extension(
         plan=plan,
         scale_base=max(scale_base, 0),
         grouped_layers=frozenset(int(module.layer_idx) for module in rotations),
         implementation=before,
-        config=model.config,
+        config=text.config,
         flash_attention=flash_attention,
     )
     tables: dict[tuple[int, bool], RotationTable] = {}  # layers that rotate alike share one
-    for module, rotation in rotations.items():
-        kind = id(rotation.frequencies), rotation.interleaved
-        table = tables.setdefault(kind, RotationTable(rotation, plan))
-        setattr(module, ATTRIBUTE, ExtendedLayer(extension, table, _cache_argument(module)))
+    for module, found in rotations.items():
+        kind = id(found.rotation.frequencies), found.rotation.interleaved
+        table = tables.setdefault(kind, RotationTable(found.rotation, plan))
+        setattr(module, ATTRIBUTE, ExtendedLayer(extension, table, _cache_argument(module), found.shares_keys))
         extension.hooks.append(module.register_forward_pre_hook(swap_cache, with_kwargs=True))
-    base = model.base_model
+    base = text.base_model
     setattr(base, MODEL_ATTRIBUTE, extension)
-    extension.hooks.append(base.register_forward_pre_hook(check_inputs, with_kwargs=True))
+    for checked in {base, model.base_model}:  # a text model beside others gets no tokens, which tell padding
+        extension.hooks.append(checked.register_forward_pre_hook(check_inputs, with_kwargs=True))
     extension.hooks.append(base.register_forward_pre_hook(begin_call, with_kwargs=True))
     extension.hooks.append(base.register_forward_hook(end_call, always_call=True))
-    model.set_attn_implementation(NAME)
+    set_attention(text, NAME)
     logger.info(
         "Self-Extend in %d of %s's layers: group size %d, window %d, trained length %d (queries within it %s), log "
         "scaling %s; reaches %d tokens.",
@@ -135,45 +143,57 @@ def remove(model: Any) -> None:
         RuntimeError: The model is answering in another thread.
 
     """
-    extension: Extension | None = getattr(model.base_model, MODEL_ATTRIBUTE, None)
+    text = _text_model(model)
+    extension: Extension | None = getattr(text.base_model, MODEL_ATTRIBUTE, None)
     if extension is None:
         return
     if extension.threads - {threading.get_ident()}:
         raise RuntimeError("the model is answering in another thread: wait for that before its Self-Extend is changed.")
     for hook in extension.hooks:
         hook.remove()
-    for module in model.modules():
+    for module in text.modules():
         if isinstance(getattr(module, ATTRIBUTE, None), ExtendedLayer):
             delattr(module, ATTRIBUTE)
-    delattr(model.base_model, MODEL_ATTRIBUTE)
-    if model.config._attn_implementation == NAME:  # or the user has set another one since
-        model.set_attn_implementation(extension.implementation)
+    delattr(text.base_model, MODEL_ATTRIBUTE)
+    if text.config._attn_implementation == NAME:  # or the user has set another one since
+        set_attention(text, extension.implementation)
+    close_attention(text)
+
+
+def _text_model(model: Any) -> Any:
+    """The model itself, or the text model in one that reads more than text."""
+    return model if model.config.get_text_config() is model.config else model.get_decoder()
 
 
 def _unsupported(model: Any) -> str | None:
     """Why a model cannot be extended, as far as its class and its config tell."""
     if not isinstance(model, PreTrainedModel):
         return "it is not a model of transformers. Pass that one (of a PEFT model: model.get_base_model())."
-    config = model.config
-    if config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         return "it is an encoder-decoder model; Self-Extend is for decoder-only models."
-    if config.get_text_config() is not config:
-        return "it reads more than text. Load the text model alone (its ForCausalLM class)."
+    config = model.config.get_text_config()
+    if getattr(_text_model(model), "config", None) is not config:
+        return "it reads more than text, and has no text model that could be told. Load that one alone."
+    if uses_alibi(config):
+        return "it uses ALiBi; Self-Extend needs rotary position embeddings (RoPE)."
     if getattr(config, "kv_lora_rank", None):
         return "it uses multi-head latent attention (MLA), whose keys have parts of their own for positions."
     ropes = list(rope_parameters(config))
-    if any("mrope_section" in rope or rope.get("rope_type") == "mrope" for rope in ropes):
-        return "its RoPE has several position axes (M-RoPE), and Self-Extend groups one."
     types = {rope.get("rope_type", "default") for rope in ropes}
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         types |= set(kind.values()) if isinstance(kind, dict) else {kind}
-    for moving, why in {
-        "dynamic": " (dynamic NTK): the frequencies move with the length",
-        "longrope": ": transformers chooses its factors anew for every batch",
-    }.items():
-        if moving in types:
-            return f"its RoPE is {moving!r}{why}, so a cached key cannot be turned back."
+    if "dynamic" in types:
+        return (
+            "its RoPE is 'dynamic' (dynamic NTK): the frequencies move with the length, so a cached key cannot be "
+            "turned back."
+        )
+    if "longrope" in types and any(rope.get("short_factor") != rope.get("long_factor") for rope in ropes):
+        return (
+            "its RoPE is 'longrope': transformers chooses its factors anew for every batch, so a cached key cannot be "
+            "turned back. Load it with a config whose rope_parameters have the long_factor for the short_factor too: "
+            "vLLM takes the long ones for every long text."
+        )
     return None
 
 

@@ -11,10 +11,11 @@ ADVICE = "Pass attention_mask, as the tokenizer returns it (1: a token, 0: paddi
 
 
 def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A forward pre-hook of the base model.
+    """A forward pre-hook of the base model, and of the text model in one that reads more than text.
 
     Raises:
-        ValueError: There seems to be padding and no mask, or the positions do not count the tokens.
+        ValueError: There seems to be padding and no mask, or the positions do not count the tokens, or differ between
+            the axes of M-RoPE.
 
     """
     if torch.compiler.is_compiling():
@@ -24,10 +25,16 @@ def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     tokens, mask, positions = (given.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     past = next((given[name] for name in CACHE_ARGUMENTS if given.get(name) is not None), None)
     begin = 0 if past is None else int(past.get_seq_length())
-    if mask is None and tokens is not None and begin == 0 and _seems_padded(model.config, tokens):
+    config = model.config.get_text_config()
+    if mask is None and tokens is not None and begin == 0 and _seems_padded(config, tokens):
         raise ValueError(
-            f"the input begins or ends with the padding token {model.config.pad_token_id}, and there is no attention "
+            f"the input begins or ends with the padding token {config.pad_token_id}, and there is no attention "
             f"mask, so its positions cannot be told. {ADVICE}."
+        )
+    if positions is not None and positions.dim() == 3 and bool((positions != positions[:1]).any()):
+        raise ValueError(
+            "its positions have several axes (M-RoPE), which differ in images and videos, and Self-Extend groups one. "
+            "Pass text alone, where they are equal."
         )
     if isinstance(mask, dict) or (mask is not None and mask.dim() != 2):  # generate may have made masks of it already
         return
@@ -52,10 +59,10 @@ def _seems_padded(config: Any, tokens: torch.Tensor) -> bool:
 
 
 def _count_the_tokens(positions: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether positions `[batch or 1, rows]` go up by one wherever two tokens follow each other."""
+    """Whether positions `[batch or 1, rows]`, or several axes of them, go up by one from token to token."""
     steps = positions.diff(dim=-1)
     wrong = steps != 1
-    if mask is not None and mask.shape[1] == positions.shape[1]:
+    if mask is not None and mask.shape[1] == positions.shape[-1]:
         seen = mask.bool()
         wrong = wrong & seen[:, 1:] & seen[:, :-1]
     return not bool(wrong.any())

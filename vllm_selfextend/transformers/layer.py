@@ -95,12 +95,14 @@ class ExtendedLayer:
         extension: The model's.
         table: Its rotation.
         cache_argument: What the module calls the cache that it is given.
+        shares_keys: Whether it attends to keys that an extended layer before it has made, and has none in the cache.
 
     """
 
     extension: Extension
     table: RotationTable
     cache_argument: str
+    shares_keys: bool = False
 
     def params(
         self,

@@ -5,6 +5,7 @@ the scores, so every layer's input is the same every time, to the bit, and its q
 only. (In a batch, the rows of a matrix product are rounded differently.)
 """
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,12 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
 
-from ..rotation_probe import ModelRotation, matching_rotation
+from ..rotary import Frequencies, inverse_frequencies, rope_parameters
+from ..rotation_probe import ModelRotation, rotation_of
+from .own_attention import set_attention
 
 NAME = "self_extend_watch"
 
 POSITIONS = torch.tensor([0, 1, 2, 3, 7, 31, 200])
+
+NO_ROPE = "its layers have no rotary position embeddings (RoPE), which Self-Extend re-maps."
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,14 @@ class Seen:
     query: torch.Tensor
     key: torch.Tensor
     sees_all: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """How a layer rotates, and whether the keys that it attends to are those that a layer before it has made."""
+
+    rotation: ModelRotation
+    shares_keys: bool
 
 
 _seen: ContextVar[list[Seen] | None] = ContextVar("seen", default=None)
@@ -44,8 +58,22 @@ def _watch(
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
 
-def _watched_mask(batch_size: int, local_size: int | None = None, device: Any = "cpu", **kwargs: Any) -> torch.Tensor:
-    """True marks the layers that see the whole context. (What they pass as `sliding_window` tells nothing.)"""
+def _watched_mask(
+    batch_size: int,
+    mask_function: Callable[..., torch.Tensor] = causal_mask_function,
+    local_size: int | None = None,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor:
+    """True marks the layers that see the whole context. (What they pass as `sliding_window` tells nothing.)
+
+    Raises:
+        ValueError: A token sees the one after it.
+
+    """
+    first, second = torch.tensor(0), torch.tensor(1)
+    if bool(mask_function(first, first, first, second)):
+        raise ValueError("its attention is not causal: tokens see those after them, and Self-Extend's do not.")
     return torch.full((batch_size, 1, 1, 1), local_size is None, device=device)
 
 
@@ -59,7 +87,7 @@ def watch(model: Any) -> list[Seen]:
     embeddings = model.get_input_embeddings().weight
     # A padding token may be embedded as zeros, which no rotation turns.
     token = int(embeddings[:256].float().norm(dim=1).argmax())
-    model.set_attn_implementation(NAME)
+    set_attention(model, NAME)
     by_position: list[list[Seen]] = []
     before = _seen.set(None)
     try:
@@ -73,6 +101,8 @@ def watch(model: Any) -> list[Seen]:
                 position_ids=position[None, None],
                 use_cache=False,
             )
+            if not by_position[-1]:  # then a position further on may be past the end of some table
+                return []
     finally:
         _seen.reset(before)
     return [
@@ -81,40 +111,41 @@ def watch(model: Any) -> list[Seen]:
     ]
 
 
-def find_rotations(model: Any) -> dict[Any, ModelRotation]:
-    """The rotation of every attention module that sees the whole context.
+def find_rotations(model: Any) -> dict[Any, Found]:
+    """How every attention module rotates that has RoPE and sees the whole context.
 
     Raises:
-        ValueError: There is none, one has no RoPE, or how it rotates cannot be told.
+        ValueError: There is none, or how one rotates cannot be told.
 
     """
-    candidates = [b.detach().float().cpu() for name, b in model.named_buffers() if name.endswith("inv_freq")]
+    candidates = _candidates(model)
+    if not candidates:
+        raise ValueError(NO_ROPE)
     seen = watch(model)
     if not seen:
         raise ValueError(
             f"none of {type(model).__name__}'s layers attends through transformers' AttentionInterface, where "
             "Self-Extend takes its place."
         )
-    found: dict[Any, ModelRotation] = {}
-    without: list[nn.Module] = []
-    for layer in [layer for layer in seen if layer.sees_all]:
-        name = type(layer.module).__name__
-        if layer.query.shape[-1] != layer.key.shape[-1]:
-            raise ValueError(f"the queries and keys of {name} have different sizes, so how it rotates is not known.")
-        both = torch.cat([layer.query, layer.key], 1)[:, :, 0].transpose(0, 1)  # [heads, positions, head_size]
-        if _is_still(both):
-            without.append(layer.module)
-            continue
-        rotation = matching_rotation(both[:, :1], both, POSITIONS, candidates)
-        if rotation is None:
+    found: dict[Any, Found] = {}
+    for index, layer in enumerate(seen):
+        maker = _maker_of_keys(layer, seen[:index])
+        rotation = _rotation(layer, maker is not None, candidates) if layer.sees_all else None
+        if rotation is not None:
+            found[layer.module] = Found(rotation, maker is not None)
+        if maker is not None and not _alike(rotation, found.get(maker.module)):
             raise ValueError(
-                f"how {name} rotates its queries and keys is not known: it is by none of the model's inv_freq, in "
-                "neither pairing of dimensions, and a key turned back wrongly would give wrong answers."
+                f"{type(layer.module).__name__} attends to keys that another layer has made, and not as that one does "
+                "(a window, or another rotation), so that grouped keys would be wrong for one of them."
             )
-        found[layer.module] = rotation
-    if without:
-        which = "its layers" if not found else f"{len(without)} of its layers that see the whole context"
-        raise ValueError(f"{which} have no rotary position embeddings (RoPE), which Self-Extend re-maps.")
+    if not found and all(layer.sees_all for layer in seen):
+        raise ValueError(NO_ROPE)
+    if not found and any(layer.sees_all for layer in seen):
+        raise ValueError(
+            "its layers with RoPE see a part of the context only (a window or a chunk), and those that see all of it "
+            "have no RoPE. No position leaves the trained range, so there is nothing to extend: without Self-Extend "
+            "the model computes the same."
+        )
     if not found:
         raise ValueError(
             "every layer attends to a sliding window, so there is no long attention to extend. Load the model with "
@@ -123,7 +154,40 @@ def find_rotations(model: Any) -> dict[Any, ModelRotation]:
     return found
 
 
-def _is_still(x: torch.Tensor) -> bool:
-    """Whether `[heads, positions, head_size]` is the same at all positions, and not by being nothing."""
-    allowed = 8 * torch.finfo(x.dtype).eps * x.abs().amax(-1, keepdim=True)
-    return bool(((x - x[:, :1]).abs() <= allowed).all()) and bool(x.any())
+def _candidates(model: Any) -> list[Frequencies]:
+    """What a model may rotate by."""
+    found = [b.detach().float().cpu() for name, b in model.named_buffers() if name.endswith("inv_freq")]
+    rotary_dim = getattr(model.config, "rotary_dim", None)
+    if found or not rotary_dim:
+        return found
+    # GPT-J has a table alone.
+    return [inverse_frequencies(rope, rotary_dim) for rope in rope_parameters(model.config)]
+
+
+def _maker_of_keys(layer: Seen, before: list[Seen]) -> Seen | None:
+    """The layer that has made the keys which this one attends to, if it has not made them itself."""
+    return next((one for one in before if layer.key.any() and torch.equal(one.key, layer.key)), None)
+
+
+def _alike(rotation: ModelRotation | None, maker: Found | None) -> bool:
+    """Whether a layer turns as the one that made its keys, or neither is extended."""
+    if rotation is None or maker is None:
+        return rotation is None and maker is None
+    other = maker.rotation
+    return rotation.frequencies is other.frequencies and rotation.interleaved == other.interleaved
+
+
+def _rotation(layer: Seen, shares_keys: bool, candidates: list[Frequencies]) -> ModelRotation | None:
+    """How a layer rotates; None: it does not.
+
+    Raises:
+        ValueError: That cannot be told.
+
+    """
+    name = type(layer.module).__name__
+    if layer.query.shape[-1] != layer.key.shape[-1]:
+        raise ValueError(f"the queries and keys of {name} have different sizes, so how it rotates is not known.")
+    try:
+        return rotation_of(layer.query[:, :, 0], None if shares_keys else layer.key[:, :, 0], POSITIONS, candidates)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

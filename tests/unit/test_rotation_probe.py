@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import Rotation
 from vllm_selfextend.backends.reference import rotate
-from vllm_selfextend.layer_probe import rotation_of
 from vllm_selfextend.rotary import inverse_frequencies
-from vllm_selfextend.rotation_probe import probe_positions, rotation_rows
+from vllm_selfextend.rotation_probe import probe_positions, rotation_of, rotation_rows
 
 HEAD_SIZE = 32
 POSITIONS = probe_positions(500)
