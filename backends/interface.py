@@ -15,13 +15,15 @@ rotated at their true positions: `q = R(i) q0`, `k = R(j) k0`. Rotations add, so
 
 import bisect
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-MAX_POSITIONS = 2**31 - 1
-"""Positions are int32."""
+MAX_POSITIONS = 2**30
+"""How many positions there are, and so the most that a group size, a window or a length can be: kernels add two of them
+in int32."""
 
 Positions = TypeVar("Positions", int, torch.Tensor)
 
@@ -76,6 +78,9 @@ class AttentionParams:
 
     Sinks and scales are read in every call, so that weights may change in place.
 
+    Raises:
+        ValueError: A number is out of its range.
+
     """
 
     scale: float
@@ -90,6 +95,18 @@ class AttentionParams:
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
     prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Comparisons that torch.compile can follow; of nan they are false.
+        for name, least in _LEAST.items():
+            if not least <= (value := getattr(self, name)) <= MAX_POSITIONS:
+                raise ValueError(f"params.{name} is {value}; it must be from {least} to {MAX_POSITIONS}.")
+        if self.log_scale_len == 1:
+            raise ValueError("params.log_scale_len is 1, whose logarithm is 0; it must be 0 (off), or 2 or more.")
+        if not abs(self.scale) < math.inf:
+            raise ValueError(f"params.scale is {self.scale}; it must be finite.")
+        if not 0.0 <= self.soft_cap < math.inf:
+            raise ValueError(f"params.soft_cap is {self.soft_cap}; it must be 0 (off), or positive and finite.")
 
     def required_rotation(self) -> Rotation:
         """The rotation, for a layer that groups positions.
@@ -120,6 +137,10 @@ class AttentionParams:
         return max(num_reached - 1, 0)
 
 
+_LEAST = {"group_size": 1, "neighbor_window": 1, "exact_len": 0, "log_scale_len": 0, "sliding_window": 0}
+"""Counts of positions in `AttentionParams`, and the least that each may be."""
+
+
 @dataclass(frozen=True)
 class AttentionBatch:
     """The requests of one step: their new tokens lie one after another, their keys and values in cache blocks.
@@ -135,6 +156,9 @@ class AttentionBatch:
         workspace: `[Kernels.workspace_size]`, float32, or None: room for what a call works out on its way, allocated in
             the call where it is not given.
 
+    Raises:
+        ValueError: One of the two lengths is out of its range.
+
     """
 
     query_start_loc: torch.Tensor
@@ -144,6 +168,11 @@ class AttentionBatch:
     max_query_len: int
     max_seq_len: int
     workspace: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_query_len", "max_seq_len"):
+            if not 0 <= (value := getattr(self, name)) <= MAX_POSITIONS:
+                raise ValueError(f"batch.{name} is {value}; it must be from 0 to {MAX_POSITIONS}.")
 
     @functools.cached_property
     def positions(self) -> torch.Tensor:

@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from .backends import load_kernels
-from .backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from .backends.interface import MAX_POSITIONS, AttentionBatch, AttentionParams, Kernels, Rotation
 from .plan import ExtensionPlan, read_plan
 
 
@@ -201,7 +201,7 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
             exact_len=self.plan.exact_len,
             log_scale_len=self.plan.log_scale_len if is_grouped else 0,
             soft_cap=self.soft_cap,
-            sliding_window=self.sliding_window or 0,
+            sliding_window=min(self.sliding_window or 0, MAX_POSITIONS),  # past all positions it is none
             rotation=self.rotation,
             sinks=self.sinks,
             k_scale=layer._k_scale if is_quantized else None,

@@ -9,8 +9,9 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from .backends import KERNEL_CHOICES
+from .backends.interface import MAX_POSITIONS
 from .plan import CONFIG_KEY, ExtensionPlan
-from .positions import smallest_group_size
+from .positions import as_count, smallest_group_size
 
 RULE_LOW, RULE_HIGH = Fraction(1, 2), Fraction(2, 3)
 """The authors' empirical rule: good answers while `W + (N - W) / G` is below one half to two thirds of `L`."""
@@ -44,10 +45,11 @@ class SelfExtendConfig:
         for name in ("group_size", "neighbor_window", "trained_length"):
             value = getattr(self, name)
             other = None if name == "trained_length" else "auto"
-            is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not is_count and value != other:
+            if (count := as_count(value)) is not None:
+                object.__setattr__(self, name, count)
+            elif value != other:
                 raise ValueError(
-                    f"{CONFIG_KEY}.{name} is {value!r}; it must be an integer of at least 1, or {other!r}."
+                    f"{CONFIG_KEY}.{name} is {value!r}; it must be an integer from 1 to {MAX_POSITIONS}, or {other!r}."
                 )
         for name in ("exact_short", "log_scale"):
             if not isinstance(getattr(self, name), bool):
@@ -93,11 +95,23 @@ class SelfExtendConfig:
         """Work out every number for a checkpoint of `derived_length` tokens that is to read `max_model_len`.
 
         Raises:
-            ValueError: `max_model_len` is past what the numbers can reach, or the neighbor window past the trained
-                length.
+            ValueError: `max_model_len` is past what the numbers can reach, the neighbor window past the trained
+                length, or a length past what positions can be.
 
         """
         length = self.trained_length or derived_length
+        if length > MAX_POSITIONS:
+            raise ValueError(
+                f"the checkpoint's length is {length}, and Self-Extend's positions end at {MAX_POSITIONS}. Set "
+                f"{CONFIG_KEY}.trained_length."
+            )
+        if max_model_len > MAX_POSITIONS:
+            raise ValueError(
+                f"max_model_len is {max_model_len}, and Self-Extend's positions end at {MAX_POSITIONS}. Set a smaller "
+                "one."
+            )
+        if self.log_scale and length == 1:
+            raise ValueError(f"{CONFIG_KEY}.log_scale is on, and the trained length 1 has no logarithm to scale by.")
         chosen = []
         if isinstance(self.neighbor_window, int):
             window = self.neighbor_window
@@ -109,6 +123,8 @@ class SelfExtendConfig:
                 f"{CONFIG_KEY}.neighbor_window is {window}, more than the trained length {length}: positions inside "
                 f"the window would leave the trained range. Set it to at most {length}."
             )
+        if isinstance(self.neighbor_window, int):
+            window = min(window, max_model_len)  # a longer one is the same, and its rotations would be as many
         if isinstance(self.group_size, int):
             group = self.group_size
         else:

@@ -5,6 +5,17 @@ model reads a sequence well while no relative position reaches `L`.
 """
 
 from fractions import Fraction
+from numbers import Integral
+from typing import Any
+
+from .backends.interface import MAX_POSITIONS
+
+
+def as_count(value: Any, least: int = 1) -> int | None:
+    """`value` as an int if it is an integer, of NumPy too, from `least` to `MAX_POSITIONS`; None if it is not."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= MAX_POSITIONS:
+        return int(value)
+    return None
 
 
 def relative_position(query: int, key: int, group_size: int, neighbor_window: int) -> int:

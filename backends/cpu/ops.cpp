@@ -52,8 +52,12 @@ void for_each(int64_t count, const Action& action) {
   });
 }
 
-// Windows and lengths past every position are all the same.
-int capped(int64_t length) { return static_cast<int>(std::min(length, int64_t{1} << 30)); }
+// A number that a layer adds up or multiplies as float32.
+float finite(double number, const char* name) {
+  const float value = static_cast<float>(number);
+  TORCH_CHECK_VALUE(std::isfinite(value), name, " is ", number, "; it must be a finite float32.");
+  return value;
+}
 
 void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Tensor& query_start_loc,
                const at::Tensor& seq_lens, const at::Tensor& block_table, const at::Tensor& out,
@@ -67,11 +71,14 @@ void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Te
   const Cache cache = cache_of(kv_cache, kv_cache.size(1), query.size(2));
   const Requests requests = requests_of(query_start_loc, seq_lens, block_table, query.size(0), kv_cache);
   Layer layer = layer_of(query, kv_cache, group_size, k_scale, v_scale);
-  layer.neighbor_window = capped(neighbor_window);
-  layer.exact_len = capped(exact_len);
-  layer.sliding_window = capped(sliding_window);
-  layer.scale = static_cast<float>(scale);
-  layer.soft_cap = static_cast<float>(soft_cap);
+  layer.neighbor_window = count_of(neighbor_window, "neighbor_window", 1, kMaxPositions);
+  layer.exact_len = count_of(exact_len, "exact_len", 0, kMaxPositions);
+  layer.sliding_window = count_of(sliding_window, "sliding_window", 0, kMaxPositions);
+  layer.scale = finite(scale, "scale");
+  layer.soft_cap = finite(soft_cap, "soft_cap");
+  TORCH_CHECK_VALUE(soft_cap >= 0.0, "soft_cap is ", soft_cap, "; it must be 0 (off) or positive.");
+  TORCH_CHECK_VALUE(log_scale_len == 0 || (log_scale_len >= 2 && log_scale_len <= kMaxPositions), "log_scale_len is ",
+                    log_scale_len, "; it must be 0 (off), or from 2 to ", kMaxPositions, ".");
   layer.log_scale = log_scale_len > 0 ? static_cast<float>(1.0 / std::log(static_cast<double>(log_scale_len))) : 0.0f;
   set_rotation(layer, cos_sin, interleaved, num_positions, requests.longest);
   const at::Tensor kept = set_sinks(layer, sinks);
@@ -121,16 +128,14 @@ std::tuple<at::Tensor, at::Tensor> work_split(const at::Tensor& query_start_loc,
                         query_start_loc.numel() == seq_lens.numel() + 1,
                     "query_start_loc and seq_lens must be int32, and the first longer by one");
   Layer layer{};
-  layer.num_heads = static_cast<int>(num_heads);
-  layer.num_kv_heads = static_cast<int>(num_kv_heads);
-  layer.head_size = static_cast<int>(head_size);
-  layer.sliding_window = capped(sliding_window);
+  set_shape(layer, num_heads, num_kv_heads, head_size);
+  layer.sliding_window = count_of(sliding_window, "sliding_window", 0, kMaxPositions);
   Requests requests{};
   requests.count = seq_lens.numel();
   requests.query_start_loc = query_start_loc.const_data_ptr<int32_t>();
   requests.seq_lens = seq_lens.const_data_ptr<int32_t>();
   const Work work = split_batch(layer, requests, find_kernel(instruction_set).preferred_rows(layer.head_size),
-                                static_cast<int>(threads));
+                                count_of(threads, "threads", 1, kMaxPositions));
   const int64_t heads = num_heads / num_kv_heads;
   const auto table = [](const auto& things, const auto& row) {
     at::Tensor result = at::empty({static_cast<int64_t>(things.size()), 2}, at::kLong);

@@ -2,6 +2,7 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace selfextend {
 namespace {
@@ -36,6 +37,22 @@ const T* integers_of(const at::Tensor& tensor, const char* name, int64_t size) {
 
 }  // namespace
 
+int count_of(int64_t number, const char* name, int64_t least, int64_t most) {
+  TORCH_CHECK_VALUE(number >= least && number <= most, name, " is ", number, "; it must be from ", least, " to ", most,
+                    ".");
+  return static_cast<int>(number);
+}
+
+void set_shape(Layer& layer, int64_t num_heads, int64_t num_kv_heads, int64_t head_size) {
+  TORCH_CHECK_VALUE(head_size > 0 && head_size % kPanel == 0 && head_size <= kMaxHeadSize, "head_size is ", head_size,
+                    "; it must be a multiple of ", kPanel, " up to ", kMaxHeadSize, ".");
+  layer.head_size = static_cast<int>(head_size);
+  layer.num_kv_heads = count_of(num_kv_heads, "num_kv_heads", 1, kMaxPositions);
+  layer.num_heads = count_of(num_heads, "num_heads", 1, kMaxPositions);
+  TORCH_CHECK_VALUE(num_heads % num_kv_heads == 0, "num_heads is ", num_heads,
+                    "; it must be a multiple of num_kv_heads, ", num_kv_heads, ".");
+}
+
 Rows rows_of(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(tensor.dim() == 3 && tensor.stride(2) == 1, name,
                     " must be [num_tokens, heads, head_size] with contiguous heads; its shape is ", tensor.sizes(),
@@ -49,8 +66,9 @@ Cache cache_of(const at::Tensor& kv_cache, int64_t num_kv_heads, int64_t head_si
                     "kv_cache must be [num_blocks, ", num_kv_heads, ", block_size, ", 2 * head_size,
                     "] with contiguous block interiors; its shape is ", kv_cache.sizes(), ", its strides ",
                     kv_cache.strides());
-  TORCH_CHECK_VALUE(kv_cache.size(2) % kPanel == 0, "block_size is ", kv_cache.size(2), "; it must be a multiple of ",
-                    kPanel, ".");
+  const int64_t block_size = kv_cache.size(2);
+  TORCH_CHECK_VALUE(block_size > 0 && block_size % kPanel == 0 && block_size <= kMaxPositions, "block_size is ",
+                    block_size, "; it must be a multiple of ", kPanel, ".");
   return {static_cast<char*>(kv_cache.data_ptr()), type_of(kv_cache, "kv_cache", true), kv_cache.stride(0),
           kv_cache.stride(1)};
 }
@@ -66,7 +84,7 @@ Requests requests_of(const at::Tensor& query_start_loc, const at::Tensor& seq_le
   for (int64_t request = 0; request < count; ++request) {
     const int64_t query_len = int64_t{starts[request + 1]} - starts[request], seq_len = lens[request];
     TORCH_CHECK_VALUE(starts[request] >= 0 && query_len >= 0 && starts[request + 1] <= num_tokens &&
-                          seq_len >= query_len && seq_len <= max_blocks * block_size,
+                          seq_len >= query_len && seq_len <= max_blocks * block_size && seq_len <= kMaxPositions,
                       "request ", request, " has the queries ", starts[request], " to ", starts[request + 1], " of ",
                       num_tokens, ", and ", seq_len, " tokens in ", max_blocks, " blocks of ", block_size);
     for (int64_t i = 0; query_len > 0 && i * block_size < seq_len; ++i) {
@@ -87,7 +105,8 @@ Tokens tokens_of(const at::Tensor& positions, const at::Tensor& slot_mapping, in
   int64_t longest = 0;
   for (int64_t token = 0; token < num_tokens; ++token) {
     TORCH_CHECK_VALUE(slot[token] < num_slots, "slot_mapping names slot ", slot[token], "; the cache has ", num_slots);
-    TORCH_CHECK_VALUE(position[token] >= 0, "positions holds ", position[token], "; it must be 0 or more.");
+    TORCH_CHECK_VALUE(position[token] >= 0 && position[token] < kMaxPositions, "positions holds ", position[token],
+                      "; it must be 0 or more, and less than ", kMaxPositions, ".");
     longest = std::max(longest, position[token] + 1);
   }
   return {num_tokens, position, slot, longest};
@@ -99,7 +118,9 @@ float scale_of(const std::optional<at::Tensor>& scale, const char* name) {
   if (!scale.has_value()) return 1.0f;
   TORCH_CHECK_VALUE(scale->scalar_type() == at::kFloat && scale->numel() == 1, name, " must be one float32; it is ",
                     scale->sizes(), " of ", scale->scalar_type());
-  return *scale->const_data_ptr<float>();
+  const float value = *scale->const_data_ptr<float>();
+  TORCH_CHECK_VALUE(value > 0.0f && std::isfinite(value), name, " is ", value, "; it must be positive and finite.");
+  return value;
 }
 
 }  // namespace
@@ -107,17 +128,11 @@ float scale_of(const std::optional<at::Tensor>& scale, const char* name) {
 Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size,
                const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale) {
   Layer layer{};
-  layer.num_heads = static_cast<int>(rows.size(1));
-  layer.num_kv_heads = static_cast<int>(kv_cache.size(1));
-  layer.head_size = static_cast<int>(rows.size(2));
-  layer.block_size = static_cast<int>(kv_cache.size(2));
-  layer.group_size = static_cast<int>(group_size);
+  set_shape(layer, rows.size(1), kv_cache.size(1), rows.size(2));
+  layer.block_size = static_cast<int>(kv_cache.size(2));  // `cache_of` looked at it
+  layer.group_size = count_of(group_size, "group_size", 1, kMaxPositions);
   layer.k_scale = scale_of(k_scale, "k_scale");
   layer.v_scale = scale_of(v_scale, "v_scale");
-  TORCH_CHECK_VALUE(layer.head_size % kPanel == 0 && layer.head_size <= kMaxHeadSize, "head_size is ", layer.head_size,
-                    "; it must be a multiple of ", kPanel, " up to ", kMaxHeadSize, ".");
-  TORCH_CHECK_VALUE(layer.num_heads % layer.num_kv_heads == 0, "num_heads is ", layer.num_heads,
-                    "; it must be a multiple of num_kv_heads, ", layer.num_kv_heads, ".");
   return layer;
 }
 

@@ -12,6 +12,12 @@
 
 namespace selfextend {
 
+// A number as an int; an error if it is not from `least` to `most`.
+int count_of(int64_t number, const char* name, int64_t least, int64_t most);
+
+// Gives a layer its heads.
+void set_shape(Layer& layer, int64_t num_heads, int64_t num_kv_heads, int64_t head_size);
+
 // A tensor [num_tokens, heads, head_size].
 Rows rows_of(const at::Tensor& tensor, const char* name);
 

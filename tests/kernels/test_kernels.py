@@ -3,7 +3,8 @@
 import importlib
 import itertools
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends import cpu, reference
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from vllm_selfextend.backends.interface import MAX_POSITIONS, AttentionBatch, AttentionParams, Kernels, Rotation
 
 from .cases import TOLERANCE, Case, Problem, Step, expected, run
 from .cpu_kernels import KERNELS, CPUKernels
@@ -330,6 +331,9 @@ WRONG_ATTENTION = {
     "it is .100, 32. of Double": {"params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(100, 32).double()))},
     "sinks must be 4 floating-point values": {"params": AttentionParams(1.0, sinks=torch.zeros(3))},
     "k_scale must be one float32": {"params": AttentionParams(1.0, k_scale=torch.ones(2))},
+    "v_scale is 0; it must be positive and finite": {"params": AttentionParams(1.0, v_scale=torch.zeros(1))},
+    "block_size is 0; it must be a multiple of 16": {"kv_cache": torch.zeros(2, 2, 0, 64)},
+    "num_kv_heads is 0; it must be from 1": {"kv_cache": torch.zeros(2, 0, 16, 64)},
 }
 
 
@@ -343,10 +347,43 @@ def test_wrong_arguments_of_attention_are_errors(message: str) -> None:
         cpu.attention(query, kv_cache, three_tokens(**wrong), params, torch.zeros_like(query))
 
 
+RANGES = {
+    "group_size": (1, MAX_POSITIONS),
+    "neighbor_window": (1, MAX_POSITIONS),
+    "exact_len": (0, MAX_POSITIONS),
+    "log_scale_len": (0, MAX_POSITIONS),
+    "sliding_window": (0, MAX_POSITIONS),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_numbers_out_of_their_range_are_errors(name: str) -> None:
+    """Of the operators too, which anyone can call: cast to an int they would be others, negative ones among them."""
+    good = AttentionParams(1.0, 4, rotation=ROTATION)
+    query, kv_cache = torch.zeros(3, 4, 32), torch.zeros(2, 2, 16, 64)
+    for value in (RANGES[name][0] - 1, RANGES[name][1] + 1, 2**32 + 4):
+        wrong = SimpleNamespace(**{field.name: getattr(good, field.name) for field in fields(good)}, num_positions=64)
+        setattr(wrong, name, value)
+        with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
+            cpu.attention(query, kv_cache, three_tokens(), wrong, torch.empty_like(query))
+        if name == "group_size":
+            with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
+                cpu.store_kv(query[:, :2], query[:, :2], kv_cache, three_tokens(), wrong)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_the_largest_numbers(kernels: str) -> None:
+    for largest in ({"group_size": MAX_POSITIONS}, {"exact_len": MAX_POSITIONS}, {"sliding_window": MAX_POSITIONS}):
+        check(kernels, Case(((40, 90), (1, 50)), **largest), torch.float32)
+
+
 def test_wrong_arguments_of_store_are_errors() -> None:
     key, kv_cache, params = torch.zeros(3, 2, 32), torch.zeros(2, 2, 16, 64), AttentionParams(1.0)
     with pytest.raises(ValueError, match="slot_mapping names slot 32; the cache has 32"):
         cpu.store_kv(key, key, kv_cache, three_tokens(slot_mapping=torch.tensor([0, 1, 32])), params)
+    far = SimpleNamespace(positions=torch.tensor([0, 1, MAX_POSITIONS]), slot_mapping=torch.arange(3))
+    with pytest.raises(ValueError, match=f"positions holds {MAX_POSITIONS}; it must be 0 or more, and less than"):
+        cpu.store_kv(key, key, kv_cache, far, params)
     with pytest.raises(ValueError, match="positions holds -1"):
         cpu.store_kv(key, key, kv_cache, three_tokens(seq_lens=torch.tensor([2]).int()), params)
     short = AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(13, 32)))

@@ -94,12 +94,18 @@ def test_a_rotation_that_no_frequencies_of_the_model_explain(model: PreTrainedMo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"group_size": 0}, "group_size is 0; it must be an integer of at least 1"),
+        ({"group_size": 0}, "group_size is 0; it must be an integer from 1 to 1073741824"),
         ({"group_size": 2.0}, "group_size is 2.0"),
+        ({"group_size": 2**31}, "group_size is 2147483648; it must be"),
         ({"window_size": True}, "window_size is True"),
+        ({"window_size": -4}, "window_size is -4"),
+        ({"trained_length": float("nan")}, "trained_length is nan"),
+        ({"trained_length": 2**63}, "trained_length is 9223372036854775808"),
         ({"window_size": 65}, "window_size is 65, more than the trained length 64.*at most 64"),
         ({"trained_length": 10}, "window_size is 16, more than the trained length 10"),
-        ({"scale_base": 1}, "scale_base is 1; it must be an integer of at least 2, or -1"),
+        ({"scale_base": 1}, "scale_base is 1; it must be an integer from 2 to 1073741824, or -1"),
+        ({"scale_base": 2**40}, "scale_base is 1099511627776"),
+        ({"scale_base": float("nan")}, "scale_base is nan"),
         ({"exact_short": 1}, "exact_short is 1"),
     ],
 )

@@ -1,7 +1,12 @@
+import json
+import re
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_selfextend.backends.interface import MAX_POSITIONS
 from vllm_selfextend.config import RULE_HIGH, SelfExtendConfig, stray_settings
 from vllm_selfextend.positions import rule_share
 
@@ -40,17 +45,34 @@ def test_settings_that_are_not_in_self_extend() -> None:
         assert stray_settings(theirs) == []
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5, "8", True, None])
+@pytest.mark.parametrize("value", [0, -1, 2.5, float("nan"), "8", True, None, np.True_, MAX_POSITIONS + 1, 2**63])
 @pytest.mark.parametrize("name", ["group_size", "neighbor_window"])
 def test_counts_are_checked(name: str, value: object) -> None:
-    with pytest.raises(
-        ValueError, match=f"self_extend.{name} is {value!r}; it must be an integer of at least 1, or 'auto'"
-    ):
+    said = f"self_extend.{name} is {value!r}; it must be an integer from 1 to {MAX_POSITIONS}, or 'auto'."
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         read(**{name: value})
 
 
+def test_counts_go_up_to_the_last_position_and_may_be_numpys() -> None:
+    config = read(group_size=MAX_POSITIONS, neighbor_window=np.int32(64), trained_length=np.uint64(MAX_POSITIONS))
+    assert json.dumps(vars(config.plan(256, MAX_POSITIONS))), "workers get the plan as JSON"
+
+
+def test_lengths_past_the_last_position_are_refused() -> None:
+    message = f"and Self-Extend's positions end at {MAX_POSITIONS}. Set"
+    with pytest.raises(ValueError, match=f"max_model_len is {MAX_POSITIONS + 1}, {message} a smaller one"):
+        read().plan(256, MAX_POSITIONS + 1)
+    with pytest.raises(ValueError, match=f"the checkpoint's length is 10000000000, {message} self_extend.trained_l"):
+        read().plan(10**10, 4096)
+
+
+def test_a_length_without_a_logarithm_scales_nothing() -> None:
+    with pytest.raises(ValueError, match="log_scale is on, and the trained length 1 has no logarithm"):
+        read(log_scale=True, trained_length=1).plan(256, 256)
+
+
 def test_other_values_are_checked() -> None:
-    with pytest.raises(ValueError, match="trained_length is 'auto'; it must be an integer of at least 1, or None"):
+    with pytest.raises(ValueError, match="trained_length is 'auto'; it must be an integer from 1 to 1073741824, or N"):
         read(trained_length="auto")
     with pytest.raises(ValueError, match="exact_short is 1; it must be true or false"):
         read(exact_short=1)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import (
     MAX_POSITIONS,
+    AttentionBatch,
     AttentionParams,
     Rotation,
     num_rotation_steps,
@@ -44,6 +45,40 @@ def test_positions_are_int32_however_long_the_table() -> None:
     table = torch.empty(1, 2).expand(2**32, 2)
     assert AttentionParams(1.0, 4, rotation=Rotation(table)).num_positions == MAX_POSITIONS
     assert AttentionParams(1.0).num_positions == MAX_POSITIONS
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        *(
+            ({name: value}, f"params.{name} is {value}; it must be from {least} to {MAX_POSITIONS}")
+            for name, least in {
+                "group_size": 1,
+                "neighbor_window": 1,
+                "exact_len": 0,
+                "log_scale_len": 0,
+                "sliding_window": 0,
+            }.items()
+            for value in (least - 1, MAX_POSITIONS + 1, 2**63)
+        ),
+        ({"log_scale_len": 1}, "params.log_scale_len is 1, whose logarithm is 0"),
+        ({"scale": float("nan")}, "params.scale is nan; it must be finite"),
+        ({"scale": float("inf")}, "params.scale is inf; it must be finite"),
+        ({"soft_cap": -1.0}, "params.soft_cap is -1.0; it must be 0"),
+        ({"soft_cap": float("nan")}, "params.soft_cap is nan; it must be 0"),
+    ],
+)
+def test_a_number_out_of_its_range_reaches_no_kernel(numbers: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AttentionParams(**{"scale": 1.0, **numbers})
+
+
+@pytest.mark.parametrize("name", ["max_query_len", "max_seq_len"])
+def test_a_length_out_of_its_range_reaches_no_kernel(name: str) -> None:
+    none = torch.empty(0)
+    for value in (-1, MAX_POSITIONS + 1):
+        with pytest.raises(ValueError, match=f"batch.{name} is {value}; it must be from 0 to {MAX_POSITIONS}"):
+            AttentionBatch(none, none, none, none, **{"max_query_len": 1, "max_seq_len": 1, name: value})
 
 
 def test_grouping_without_a_rotation_reaches_nothing() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..backends.interface import MAX_POSITIONS
 from ..plan import ExtensionPlan
-from ..positions import capacity
+from ..positions import as_count, capacity
 from ..rotary import rope_parameters, uses_alibi
 from . import attention as _attention  # noqa: F401  # registers it
 from .cache import CACHE_ARGUMENTS, swap_cache
@@ -82,6 +83,7 @@ def apply(
     if flash_attention and (reason := flash_attention.unusable(model.get_input_embeddings().weight)):
         raise ValueError(reason)
     text = _text_model(model)
+    scale_base = _scale_base(scale_base)
     plan = _plan(text.config, group_size, window_size, trained_length, exact_short, scale_base)
     remove(model)
     before = text.config._attn_implementation
@@ -99,7 +101,7 @@ def apply(
         set_attention(text, before)
     extension = Extension(
         plan=plan,
-        scale_base=max(scale_base, 0),
+        scale_base=scale_base,
         grouped_layers=frozenset(int(module.layer_idx) for module in rotations),
         implementation=before,
         config=text.config,
@@ -210,14 +212,12 @@ def _cache_argument(module: Any) -> str:
 def _plan(
     config: Any, group_size: int, window_size: int, trained_length: int | None, exact_short: bool, scale_base: int
 ) -> ExtensionPlan:
-    for name, value in {"group_size": group_size, "window_size": window_size, "trained_length": trained_length}.items():
-        if not _is_integer(value, at_least=1) and not (name == "trained_length" and value is None):
-            raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
-    if not _is_integer(scale_base, at_least=2) and scale_base != -1:
-        raise ValueError(f"scale_base is {scale_base!r}; it must be an integer of at least 2, or -1 for no scaling.")
+    group_size, window_size = _count("group_size", group_size), _count("window_size", window_size)
+    if trained_length is not None:
+        trained_length = _count("trained_length", trained_length)
     if not isinstance(exact_short, bool):
         raise ValueError(f"exact_short is {exact_short!r}; it must be True or False.")
-    length = trained_length or checkpoint_length(config)
+    length = trained_length or _count("the length that the model's config names", checkpoint_length(config))
     if window_size > length:
         raise ValueError(
             f"window_size is {window_size}, more than the trained length {length}: positions inside the window would "
@@ -235,8 +235,21 @@ def _plan(
     )
 
 
-def _is_integer(value: Any, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+def _count(name: str, value: Any) -> int:
+    if (count := as_count(value)) is None:
+        raise ValueError(f"{name} is {value!r}; it must be an integer from 1 to {MAX_POSITIONS}.")
+    return count
+
+
+def _scale_base(value: Any) -> int:
+    """`AttentionParams.log_scale_len`."""
+    if value == -1:
+        return 0
+    if (count := as_count(value, least=2)) is None:
+        raise ValueError(
+            f"scale_base is {value!r}; it must be an integer from 2 to {MAX_POSITIONS}, or -1 for no scaling."
+        )
+    return count
 
 
 def checkpoint_length(config: Any) -> int:
