@@ -74,8 +74,8 @@ def bind_model(
     """
     name, plan = model_config.model, read_plan(vllm_config)
     layers = dict(_attention_layers(model))
-    if (layers or must_extend) and (reason := _left_out(model)):
-        raise ValueError(f"Self-Extend cannot serve {name}: {reason}")
+    if layers or must_extend:
+        check_model(model, name)
     known = _known_frequencies(model, model_config, plan.max_model_len)
     positions = probe_positions(plan.max_model_len)
     probed = _probe(model, layers, positions, model_config, model_runner, vllm_config)
@@ -97,6 +97,18 @@ def bind_model(
         layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved))
     if not tables and must_extend:
         raise ValueError(f"Self-Extend cannot serve {name}: {_nothing_to_extend(layers)}")
+
+
+def check_model(model: nn.Module, name: str) -> None:
+    """Refuse a model of which a layer would be left out, or none could be extended. Needs no weights.
+
+    Raises:
+        ValueError: It is one.
+
+    """
+    layers = dict(_attention_layers(model))
+    if reason := _left_out(model) or (None if layers else _nothing_to_extend(layers)):
+        raise ValueError(f"Self-Extend cannot serve {name}: {reason}")
 
 
 def _left_out(model: nn.Module) -> str | None:
