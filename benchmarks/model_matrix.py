@@ -2,7 +2,8 @@
 
 Every architecture of `tests/engine/architectures.py` is written as a tiny random checkpoint and served with Self-Extend
 through vLLM on a CPU. Its greedy tokens and all log-probabilities are held against the second oracle, transformers in
-eager with scores from the paper (`tests/engine/oracle.py`), on both sides of the window and of the trained length. An
+eager with scores from the paper (`tests/engine/oracle.py`), on both sides of the window and of the trained length. What
+`vllm-selfextend plan` says of its KV cache is held against the engine's. An
 architecture that is refused, or that fails, is put to stock vLLM too, with short texts: does that agree with
 transformers? Then `SelfExtend.apply` extends the same checkpoint in transformers, and is held against the same oracle.
 Every step runs in a process of its own; one that crashes or hangs stops nothing.
@@ -44,9 +45,11 @@ from vllm.model_executor.models import registry
 import vllm_selfextend
 from tests.engine import oracle
 from tests.engine.architectures import ARCHITECTURES, BY_TITLE, Architecture
+from tests.engine.cache import cache_bytes
 from tests.engine.comparison import NEW_TOKENS, TOLERANCE, Generated, compare, generate, prompts
 from tests.engine.conftest import ENGINE_DEFAULTS
 from tests.engine.models import TRAINED_LENGTH, random_prompts
+from vllm_selfextend.planning import plan_report
 
 from .model_matrix_apply import extend
 
@@ -93,6 +96,8 @@ class Result:
         model: The class of vLLM's that ran.
         greatest: The greatest difference of a log-probability.
         applied: What became of it in transformers, by the same names.
+        kv_bytes: Of the engine's KV cache per token, and per sequence of `MAX_MODEL_LEN` tokens.
+        planned_kv_bytes: The same, as planned.
 
     """
 
@@ -107,6 +112,8 @@ class Result:
     seconds: float = 0.0
     notes: str = ""
     applied: dict[str, Any] = field(default_factory=dict)
+    kv_bytes: list[int] = field(default_factory=list)
+    planned_kv_bytes: list[int] = field(default_factory=list)
 
 
 class StepError(Exception):
@@ -172,8 +179,19 @@ def save(title: str, folder: Path) -> tuple[str, str]:
     return BY_TITLE[title].save(folder)
 
 
-def serve(title: str, checkpoint: str, extended: bool) -> tuple[str, list[Any]]:
-    """The class of vLLM's model, and what it generated, or the texts with their states or classes."""
+@dataclass(frozen=True)
+class Served:
+    """The class of vLLM's model, and what it generated, or the texts with their states or classes; see `Result`."""
+
+    model: str
+    found: list[Any]
+    kv_bytes: list[int] = field(default_factory=list)
+    planned_kv_bytes: list[int] = field(default_factory=list)
+    why_not: str | None = None
+
+
+def serve(title: str, checkpoint: str, extended: bool) -> Served:
+    """Serve an architecture through vLLM."""
     architecture = BY_TITLE[title]
     settings: dict[str, Any] = {**ENGINE_DEFAULTS, "dtype": architecture.dtype, "max_num_batched_tokens": 256}
     settings |= architecture.engine
@@ -181,6 +199,7 @@ def serve(title: str, checkpoint: str, extended: bool) -> tuple[str, list[Any]]:
         settings |= {"runner": "pooling", "skip_tokenizer_init": False}
     if extended:
         numbers = {"group_size": GROUP_SIZE, "neighbor_window": NEIGHBOR_WINDOW, "exact_short": True}
+        report = plan_report(checkpoint, MAX_MODEL_LEN, numbers, settings)
         settings |= {
             "attention_backend": "CUSTOM",
             "max_model_len": MAX_MODEL_LEN,
@@ -192,14 +211,18 @@ def serve(title: str, checkpoint: str, extended: bool) -> tuple[str, list[Any]]:
         texts = random_prompts((1, 5, 17, 18, 19, 33, TRAINED_LENGTH - NEW_TOKENS), seed=0)
     llm = LLM(checkpoint, **settings)
     model = llm.apply_model(lambda one: type(one).__name__)[0]
+    cache: dict[str, Any] = {}
+    if extended:
+        planned = [size for size in (report.kv_bytes_per_token, report.kv_bytes_per_sequence) if size is not None]
+        cache = {"kv_bytes": list(cache_bytes(llm)), "planned_kv_bytes": planned, "why_not": report.why_not}
     if architecture.task == "generate":
-        return model, list(generate(llm, texts))
+        return Served(model, list(generate(llm, texts)), **cache)
     requests = [{"prompt_token_ids": text} for text in texts]
     if architecture.task == "embed":
         states = [output.outputs.embedding for output in llm.embed(requests, use_tqdm=False)]
     else:
         states = [output.outputs.probs for output in llm.classify(requests, use_tqdm=False)]
-    return model, list(zip(texts, states, strict=True))
+    return Served(model, list(zip(texts, states, strict=True)), **cache)
 
 
 def hold(title: str, checkpoint: str, found: list[Any], extended: bool) -> float:
@@ -271,7 +294,7 @@ def run(architecture: Architecture, log: Path) -> Result:
         except StepError as error:
             return result("not runnable", f"no checkpoint: {error}")
         try:
-            model, found = in_process(log, serve, architecture.title, checkpoint, True)
+            served: Served = in_process(log, serve, architecture.title, checkpoint, True)
         except StepError as error:
             reason = str(error)
             stock = _stock(architecture.title, checkpoint, for_oracle, log)
@@ -279,23 +302,28 @@ def run(architecture: Architecture, log: Path) -> Result:
                 reason = reason[reason.index("Self-Extend") :].replace(checkpoint, "it")
                 return result("refused", reason, stock=stock)
             return result("not runnable", reason.replace(folder, "FOLDER"), stock=stock)
+        sizes = {"kv_bytes": served.kv_bytes, "planned_kv_bytes": served.planned_kv_bytes}
+        known: dict[str, Any] = {"model": served.model, **sizes}
         try:
+            if served.kv_bytes != served.planned_kv_bytes:
+                raise StepError(
+                    f"the KV cache takes {served.kv_bytes} bytes per token and per sequence, and plan says "
+                    f"{served.why_not or served.planned_kv_bytes}"
+                )
             if architecture.dtype != "float32":
-                _, stock = in_process(log, serve, architecture.title, checkpoint, False)
-                said = in_process(log, hold_roughly, architecture.title, for_oracle, found, stock)
-                return result("close", said, model=model)
-            greatest = in_process(log, hold, architecture.title, for_oracle, found, True)
+                stock = in_process(log, serve, architecture.title, checkpoint, False).found
+                said = in_process(log, hold_roughly, architecture.title, for_oracle, served.found, stock)
+                return result("close", said, **known)
+            greatest = in_process(log, hold, architecture.title, for_oracle, served.found, True)
         except StepError as error:
-            return result(
-                "differs", str(error), stock=_stock(architecture.title, checkpoint, for_oracle, log), model=model
-            )
-        return result("proved", model=model, greatest=greatest)
+            return result("differs", str(error), stock=_stock(architecture.title, checkpoint, for_oracle, log), **known)
+        return result("proved", greatest=greatest, **known)
 
 
 def _stock(title: str, checkpoint: str, for_oracle: str, log: Path) -> str:
     """What stock vLLM does with short texts."""
     try:
-        _, found = in_process(log, serve, title, checkpoint, False)
+        found = in_process(log, serve, title, checkpoint, False).found
     except StepError as error:
         return f"fails: {error}".replace(str(Path(checkpoint).parent), "FOLDER")
     try:

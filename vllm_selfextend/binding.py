@@ -85,8 +85,8 @@ def bind_model(
     ends_early = model_config.max_model_len < plan.max_model_len and not vllm_config.use_v2_model_runner
     if is_draft and not layers and ends_early:
         return  # vLLM asks it for nothing past the length that it was made for
-    if (layers or must_extend) and (reason := _left_out(model)):
-        raise ValueError(f"Self-Extend cannot serve {name}: {reason}")
+    if layers or must_extend:
+        check_model(model, name)
     known = _known_frequencies(model, model_config, plan.max_model_len)
     positions = probe_positions(plan.max_model_len)
     probed = _probe(model, layers, positions, model_config, is_draft, model_runner, vllm_config)
@@ -111,6 +111,18 @@ def bind_model(
         layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved))
     if not tables and must_extend:
         raise ValueError(f"Self-Extend cannot serve {name}: {_nothing_to_extend(layers)}")
+
+
+def check_model(model: nn.Module, name: str) -> None:
+    """Refuse a model of which a layer would be left out, or none could be extended. Needs no weights.
+
+    Raises:
+        ValueError: It is one.
+
+    """
+    layers = dict(_attention_layers(model))
+    if reason := _left_out(model) or (None if layers else _nothing_to_extend(layers)):
+        raise ValueError(f"Self-Extend cannot serve {name}: {reason}")
 
 
 def _left_out(model: nn.Module) -> str | None:

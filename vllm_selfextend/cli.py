@@ -6,12 +6,15 @@ import functools
 import hashlib
 import importlib.util
 import json
+import os
+import re
 import shlex
 import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from .evaluation.passkey import PasskeyTask
     from .evaluation.prompts import Prompt, Row, Task
     from .evaluation.records import Records
+    from .planning import PlanReport
 
 
 @dataclasses.dataclass
@@ -79,6 +83,23 @@ class TuneTaskName(str, Enum):
 DEFAULT_TASKS = list(TaskName)
 DEFAULT_METHODS = ("unmodified", "yarn", "self-extend")
 
+
+def _tokens(text: str) -> int:
+    """A number of tokens as `vllm serve` reads it: 32k is 32,000 and 32K is 32,768."""
+    number = text.strip()
+    if not number.isdecimal():
+        _need_vllm()
+        from vllm.utils.argparse_utils import human_readable_int
+
+        try:
+            number = str(human_readable_int(text))
+        except (ValueError, ArgumentTypeError) as error:
+            raise typer.BadParameter(f"{text!r} is not a number of tokens, such as 32768, 32k or 32K.") from error
+    if int(number) < 1:
+        raise typer.BadParameter(f"{text!r} is not in the range x>=1.")
+    return int(number)
+
+
 app = typer.Typer(help="Self-Extend for vLLM.", no_args_is_help=True, add_completion=False)
 # No markup: paths, names and answers are printed, and may have brackets and colons.
 console = Console(markup=False, emoji=False)
@@ -89,7 +110,12 @@ LOG = "vllm.log"
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder or its name on the Hugging Face hub.")]
 GroupSize = Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")]
 NeighborWindow = Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")]
-TrainedLength = Annotated[int | None, typer.Option(min=1, help="Instead of the length vLLM derives.")]
+TrainedLength = Annotated[
+    int | None, typer.Option(parser=_tokens, metavar="TOKENS", help="Instead of the length vLLM derives.")
+]
+MaxModelLen = Annotated[
+    int, typer.Option(parser=_tokens, metavar="TOKENS", help="How many tokens you want to serve, as for vLLM.")
+]
 ExactShort = Annotated[bool, typer.Option(help="Queries within the trained length as in the unmodified model.")]
 LogScale = Annotated[bool, typer.Option(help="Scale queries past it by the logarithm of their position.")]
 Text = Annotated[list[Path] | None, typer.Option(help="A long text for the loss; without one, Python's own source.")]
@@ -121,31 +147,36 @@ def command(
 @app.command()
 def plan(
     model: Model,
-    max_model_len: Annotated[int, typer.Option(min=1, help="How many tokens you want to serve.")],
+    max_model_len: MaxModelLen,
     group_size: GroupSize = None,
     neighbor_window: NeighborWindow = None,
     trained_length: TrainedLength = None,
+    engine_args: EngineArgs = "{}",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what Self-Extend would do with a model at a length on this machine. Reads the config, not the weights."""
     _need_vllm()
-    from .planning import plan_report
+    # Stdout has the plan alone. vLLM sets its log up as it is imported.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from .planning import OWN_ARGUMENTS, plan_report
 
     settings = _settings(group_size, neighbor_window, trained_length)
     try:
-        report = plan_report(model, max_model_len, settings)
+        arguments = _engine_args(engine_args, OWN_ARGUMENTS)
+        report = plan_report(model, max_model_len, settings, arguments)
     except (ValueError, OSError) as error:
-        _fail(error)
+        _fail(error, *_hints(str(error), OWN_ARGUMENTS))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:
         console.print(_plan_table(dataclasses.asdict(report)))
         if report.supported:
-            console.print(
-                f"\nvllm serve {model} --attention-backend CUSTOM --max-model-len {max_model_len} \\", soft_wrap=True
-            )
             numbers = {"group_size": report.group_size, "neighbor_window": report.neighbor_window} | settings
-            console.print(f"    --additional-config '{json.dumps({CONFIG_KEY: numbers})}'", soft_wrap=True)
+            console.print(f"\n{_serve_command(report, numbers, arguments)}", soft_wrap=True)
+        else:
+            for hint in _hints(str(report.why_not), OWN_ARGUMENTS):
+                errors.print(hint, highlight=False, soft_wrap=True)
     if not report.supported:
         raise typer.Exit(1)
 
@@ -171,14 +202,21 @@ def demo(
 @app.command()
 def evaluate(
     model: Model,
-    max_model_len: Annotated[int, typer.Option(min=1, help="The longest texts to be read, tokens.")],
+    max_model_len: Annotated[
+        int, typer.Option(parser=_tokens, metavar="TOKENS", help="The longest texts to be read, tokens.")
+    ],
     method: Annotated[
         list[MethodName] | None,
         typer.Option(help="What to compare, several; without one: unmodified, yarn, self-extend."),
     ] = None,
     task: Annotated[list[TaskName], typer.Option(help="What to ask; several.")] = DEFAULT_TASKS,
     served_length: Annotated[
-        int | None, typer.Option(min=1, help="How many tokens the server is sized for, if more than --max-model-len.")
+        int | None,
+        typer.Option(
+            parser=_tokens,
+            metavar="TOKENS",
+            help="How many tokens the server is sized for, if more than --max-model-len.",
+        ),
     ] = None,
     length: Annotated[
         list[int] | None, typer.Option(min=64, help="A passkey text's tokens; without one, doubling up to the longest.")
@@ -204,11 +242,11 @@ def evaluate(
     settings = _settings(group_size, neighbor_window, trained_length, exact_short, log_scale)
     with _evaluating(output) as session:
         from .evaluation.comparison import Comparison
-        from .evaluation.engine import prompt_encoder
+        from .evaluation.engine import OWN_ARGUMENTS, prompt_encoder
         from .evaluation.methods import allowed_methods, read_checkpoint
         from .evaluation.tables import loss_table, passkey_table
 
-        arguments = _engine_args(engine_args)
+        arguments = _engine_args(engine_args, OWN_ARGUMENTS)
         served = max(max_model_len, served_length or 0)
         checkpoint = read_checkpoint(model, served, settings, arguments)
         encode_chat, encode, uses_chat = prompt_encoder(model, arguments, chat=chat)
@@ -254,7 +292,7 @@ def evaluate(
 @app.command()
 def tune(
     model: Model,
-    max_model_len: Annotated[int, typer.Option(min=1, help="How many tokens you want to serve.")],
+    max_model_len: MaxModelLen,
     task: Annotated[TuneTaskName, typer.Option(help="What to go by; prompts are your own.")] = TuneTaskName.LOSS,
     prompts: Annotated[
         Path | None, typer.Option(help='Your own task: lines such as {"prompt": "...", "answer": "..."}.')
@@ -274,14 +312,14 @@ def tune(
     """Find the group size and neighbor window that a model reads best with at a length."""
     settings = _settings(None, None, trained_length, exact_short, log_scale)
     with _evaluating(output) as session:
-        from .evaluation.engine import prompt_encoder, running
+        from .evaluation.engine import OWN_ARGUMENTS, prompt_encoder, running
         from .evaluation.methods import read_checkpoint
         from .evaluation.screen import Stopped, trying
         from .evaluation.tables import distance_from_auto, numbers_table
         from .evaluation.tuning import Search, check_differs, try_numbers, write_search
         from .evaluation.user_prompts import UserTask, read_prompts
 
-        arguments = {**_engine_args(engine_args), "enforce_eager": True}
+        arguments = {**_engine_args(engine_args, OWN_ARGUMENTS), "enforce_eager": True}
         checkpoint = read_checkpoint(model, max_model_len, settings, arguments)
         report = checkpoint.report
         encode_chat, encode, uses_chat = prompt_encoder(model, arguments, chat=chat)
@@ -357,10 +395,12 @@ def _evaluating(output: Path | None) -> Iterator[Session]:
                 errors.print("Stopped.", *session.goes_on, highlight=False, soft_wrap=True)
                 raise typer.Exit(128 + stop.signum) from stop
             except (ValueError, OSError) as error:
+                from .evaluation.engine import OWN_ARGUMENTS  # and with it vLLM, whose log was to go into the file
+
                 problem = _keep_traceback(error, log)
                 of_use = problem is None or bool(session.goes_on)
                 kept = "is in" if problem is None else f"could not be written ({problem}) to"
-                _fail(error, f"Its traceback {kept} {log}.", *session.goes_on)
+                _fail(error, *_hints(str(error), OWN_ARGUMENTS), f"Its traceback {kept} {log}.", *session.goes_on)
             except Exception:  # whose traceback follows; the end of the log stands above it
                 for sentence in session.goes_on:
                     errors.print(sentence, highlight=False, soft_wrap=True)
@@ -404,6 +444,31 @@ def _keep_traceback(error: Exception, log: Path) -> OSError | None:
     return None
 
 
+def _hints(advice: str, taken: Collection[str]) -> list[str]:
+    """How each option of `vllm serve` that an advice names is given to this command, where it can be."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    found = []
+    for option, value in re.findall(r"--([a-z]+(?:-[a-z]+)+)(?: '(\{.*\})')?", advice):
+        name = option.replace("-", "_")
+        if name in EngineArgs.__dataclass_fields__ and name not in taken:
+            found.append(f"Here --{option} is --engine-args '{{\"{name}\": {value or 'true'}}}'")
+    return found
+
+
+def _serve_command(report: "PlanReport", numbers: dict[str, Any], engine_args: dict[str, Any]) -> str:
+    """The plan as a command for the shell."""
+    command = ["vllm", "serve", report.model, "--attention-backend", "CUSTOM", "--max-model-len", report.max_model_len]
+    for name, value in engine_args.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{option}" if value else f"--no-{option}")
+        elif value is not None:
+            command += [f"--{option}", *(value if isinstance(value, list) else [value])]
+    words = [json.dumps(word) if isinstance(word, dict) else str(word) for word in command]
+    return f"{shlex.join(words)} \\\n    --additional-config {shlex.quote(json.dumps({CONFIG_KEY: numbers}))}"
+
+
 def _settings(
     group_size: int | None,
     neighbor_window: int | None,
@@ -418,17 +483,15 @@ def _settings(
     return {name: value for name, value in chosen.items() if value is not None} | switches
 
 
-def _engine_args(text: str) -> dict[str, Any]:
-    from .evaluation.engine import OWN_ARGUMENTS
-
+def _engine_args(text: str, taken: Collection[str]) -> dict[str, Any]:
     try:
         arguments = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"--engine-args {text!r} is not JSON: {error}") from error
     if not isinstance(arguments, dict):
         raise ValueError(f'--engine-args {text!r} must be an object such as {{"dtype": "float32"}}.')
-    if taken := [name for name in OWN_ARGUMENTS if name in arguments]:
-        raise ValueError(f"--engine-args cannot set {taken[0]!r}: the methods and the other options decide it.")
+    if ours := [name for name in taken if name in arguments]:
+        raise ValueError(f"--engine-args cannot set {ours[0]!r}: the command or its other options decide it.")
     return arguments
 
 
@@ -539,9 +602,12 @@ def _plan_table(report: dict[str, Any]) -> Table:
         "chosen because": report["reason"],
         "capacity": f"{report['capacity']:,} tokens",
         "(W + (N - W)/G) / L": f"{float(share):.2f}, {verdict}" if report["group_size"] > 1 else "not needed",
-        "KV cache": f"{report['kv_bytes_per_token']:,} bytes per token, "
-        f"{report['kv_bytes_per_sequence'] / 2**30:,.2f} GiB per sequence of {report['max_model_len']:,} tokens",
     }
+    if report["kv_bytes_per_token"] is not None:
+        rows["KV cache"] = (
+            f"{report['kv_bytes_per_token']:,} bytes per token, "
+            f"{report['kv_bytes_per_sequence'] / 2**30:,.2f} GiB per sequence of {report['max_model_len']:,} tokens"
+        )
     for name, value in rows.items():
         table.add_row(name, value)
     return table

@@ -1,6 +1,11 @@
-"""What `vllm-selfextend plan` reports: the numbers for a model and a length, from its config alone."""
+"""What `vllm-selfextend plan` reports: the numbers for a model and a length, and what start-up says without weights."""
 
+import contextlib
 import dataclasses
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +15,17 @@ from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from .binding import check_model
+from .cache_size import CacheSize, cache_size, make_model
 from .config import SelfExtendConfig
 from .engine_args import widened_length_check
-from .plan import CONFIG_KEY
+from .plan import CONFIG_KEY, ExtensionPlan
 from .plugin import incompatibility, kept_out
 from .support import unsupported_reason
+from .worker import check_layers
+
+OWN_ARGUMENTS = ("model", "max_model_len", "attention_backend", "additional_config")
+"""Arguments of vLLM's that the other options decide."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +33,14 @@ class PlanReport:
     """The numbers of a plan, whether the model can be served with them, and what its KV cache takes.
 
     Attributes:
+        supported: Whether start-up would go as far as to load the weights.
+        why_not: What it would say.
         rule_share: `(W + (N - W) / G) / L`; the authors find good answers below about one half to two thirds.
-        kv_bytes_per_token: For all layers, in the dtype that vLLM would serve the model in.
-        kv_bytes_per_sequence: For `max_model_len` tokens; layers with a sliding window keep the window only.
+        kv_bytes_per_token: For all layers that keep keys, in the cache's dtype. None where the model is not supported,
+            or where vLLM finds no device to serve it on.
+        kv_bytes_per_sequence: What vLLM reserves for one of `max_model_len` tokens, in whole blocks: of layers with a
+            sliding window what they and a step's tokens see, of Mamba and the like their state. A draft model's is not
+            in it. None as above.
 
     """
 
@@ -38,8 +54,8 @@ class PlanReport:
     capacity: int
     rule_share: float
     reason: str
-    kv_bytes_per_token: int
-    kv_bytes_per_sequence: int
+    kv_bytes_per_token: int | None
+    kv_bytes_per_sequence: int | None
 
 
 def plan_report(
@@ -54,20 +70,33 @@ def plan_report(
         engine_args: Other arguments of vLLM's, `dtype` for instance.
 
     Raises:
-        ValueError: The settings cannot reach `max_model_len`, or the config cannot be read.
+        ValueError: The settings cannot reach `max_model_len`, the config cannot be read, or an argument is not vLLM's
+            or decided by the others.
         OSError: There is no such model.
 
     """
     if problem := kept_out() or incompatibility():
         raise ValueError(problem)
     config = SelfExtendConfig.from_additional_config({CONFIG_KEY: settings})
-    model_config, derived_length = read_config(model, max_model_len, engine_args or {})
+    engine_args = engine_args or {}
+    if taken := [name for name in OWN_ARGUMENTS if name in engine_args]:
+        raise ValueError(f"The engine's arguments cannot set {taken[0]!r}: the other options decide it.")
+    model_config, derived_length = read_config(model, max_model_len, engine_args)
     plan = config.plan(derived_length, max_model_len)
+    why_not, size = None, None
     # A laptop without a GPU, on which vLLM for GPUs is installed, has no device of vLLM's.
-    device = torch.device(current_platform.device_type) if current_platform.device_type else None
-    why_not = unsupported_reason(plan, model_config, device)
-    full, sliding = _layer_bytes(model_config)
-    window = min(model_config.get_sliding_window() or max_model_len, max_model_len)
+    if not current_platform.device_type:
+        why_not = unsupported_reason(plan, model_config, None)
+    else:
+        arguments = {**engine_args, "model": model, "max_model_len": max_model_len}
+        # A fork of its own has imported everything, and vLLM leaves nothing behind in this process.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            try:
+                size = pool.submit(_start_up, arguments, settings, plan).result()
+            except BrokenProcessPool:
+                why_not = "vLLM's code for it ends the process that makes the model, without a word."
+            except ValueError as error:
+                why_not = str(error).removeprefix(f"Self-Extend cannot serve {model}: ")
     return PlanReport(
         model=model,
         supported=why_not is None,
@@ -79,9 +108,30 @@ def plan_report(
         capacity=plan.capacity,
         rule_share=plan.rule_share,
         reason=plan.reason,
-        kv_bytes_per_token=full + sliding,
-        kv_bytes_per_sequence=full * max_model_len + sliding * window,
+        kv_bytes_per_token=None if size is None else size.per_token,
+        kv_bytes_per_sequence=None if size is None else size.per_sequence,
     )
+
+
+def _start_up(arguments: dict[str, Any], settings: dict[str, Any], plan: ExtensionPlan) -> CacheSize:
+    """Start an engine as far as that goes without weights; what its cache takes.
+
+    Raises:
+        ValueError: Start-up would refuse it.
+
+    """
+    torch.set_num_threads(1)  # a fork has none of OpenMP's threads
+    arguments = {**arguments, "attention_backend": "CUSTOM", "additional_config": {CONFIG_KEY: settings}}
+    try:
+        with _as_a_sentence():
+            vllm_config = EngineArgs(**arguments).create_engine_config()
+        model = make_model(vllm_config)
+        check_layers(vllm_config)
+        if plan.group_size > 1:
+            check_model(model, arguments["model"])
+        return cache_size(vllm_config)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def read_config(model: str, max_model_len: int, engine_args: dict[str, Any]) -> tuple[ModelConfig, int]:
@@ -95,24 +145,17 @@ def read_config(model: str, max_model_len: int, engine_args: dict[str, Any]) -> 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     if unknown := sorted(engine_args.keys() - known):
         raise ValueError(f"vLLM has no argument {unknown[0]!r}; see the fields of vllm.engine.arg_utils.EngineArgs.")
-    with widened_length_check() as check:
+    with widened_length_check() as check, _as_a_sentence():
         arguments = {**engine_args, "model": model, "max_model_len": max_model_len}
-        try:
-            model_config = EngineArgs(**arguments).create_model_config()
-        except ValidationError as error:  # what vLLM says, without what pydantic says about it
-            said = " ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
-            raise ValueError(" ".join(said.split())) from error
+        model_config = EngineArgs(**arguments).create_model_config()
     return model_config, check.derived_length
 
 
-def _layer_bytes(model_config: ModelConfig) -> tuple[int, int]:
-    """Bytes per token that the full-attention layers and the sliding layers keep."""
-    num_layers = model_config.get_total_num_hidden_layers()
-    kinds = getattr(model_config.hf_text_config, "layer_types", None) or []
-    if kinds:
-        num_sliding = sum(kind != "full_attention" for kind in kinds)
-    else:
-        num_sliding = num_layers if model_config.get_sliding_window() else 0
-    item = torch.empty((), dtype=model_config.dtype).element_size()
-    a_layer = 2 * model_config.get_total_num_kv_heads() * model_config.get_head_size() * item
-    return (num_layers - num_sliding) * a_layer, num_sliding * a_layer
+@contextlib.contextmanager
+def _as_a_sentence() -> Iterator[None]:
+    """What vLLM says where pydantic checks its configs, without what pydantic says about it."""
+    try:
+        yield
+    except ValidationError as error:
+        said = " ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+        raise ValueError(" ".join(said.split())) from error

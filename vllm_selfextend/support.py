@@ -1,4 +1,7 @@
-"""What Self-Extend cannot serve, and why: known from the configuration, before a worker starts."""
+"""What Self-Extend cannot serve, and why: known from the configuration, before a worker starts.
+
+What a model's layers say without weights, `worker.check_layers` and `binding.check_model` ask.
+"""
 
 import torch
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
@@ -30,8 +33,7 @@ def unsupported_reason(
 ) -> str | None:
     """Why this model, or this way to run it, cannot be served with the plan; None if nothing speaks against it.
 
-    Every refusal that needs no weights is here: start-up asks, and so does `vllm-selfextend plan`, which knows a model
-    and a length only.
+    Every refusal that goes by configuration alone is here: start-up asks, and so does `vllm-selfextend plan`.
 
     Args:
         plan: The numbers, `kernel` as the user gave it.
@@ -51,7 +53,13 @@ def unsupported_reason(
             return reason
         if must_extend and (reason := _sliding_reason(model_config, plan)):
             return reason
-    if model_config.is_mm_prefix_lm:  # grouped or not
+    # The rest holds for grouped positions and others.
+    if model_config.attn_type == "encoder_only" or not getattr(model_config.hf_text_config, "is_causal", True):
+        return (
+            "its tokens attend to those after them, too (an encoder, or is_causal is false in its config), and "
+            "Self-Extend's attention is causal."
+        )
+    if model_config.is_mm_prefix_lm:
         return (
             "the tokens of its images attend to each other in both directions, and Self-Extend's attention is causal. "
             "To serve texts alone, tell vLLM: --limit-mm-per-prompt '{\"image\": 0}' (and 0 of what else it takes)."

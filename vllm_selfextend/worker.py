@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
 from .attention import SelfExtendImpl
@@ -19,32 +20,43 @@ class SelfExtendWorker:
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, and give its layers their rotations."""
         super().load_model(**kwargs)  # type: ignore[misc]
-        for layer in self._layers():
-            if reason := _unsupported_reason(layer):
-                model = self.vllm_config.model_config.model
-                raise ValueError(f"Self-Extend cannot serve {model}: {layer.layer_name} {reason}")
+        check_layers(self.vllm_config)
         if read_plan(self.vllm_config).group_size > 1:
             bind_models(self.model_runner, self.vllm_config)
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile the layers' kernels, the draft model's too, so that no request waits for that."""
-        for layer in self._layers():
+        for layer in _layers(self.vllm_config):
             layer.impl.warm_up(layer, self.vllm_config.model_config.dtype)
         return super().compile_or_warm_up_model()  # type: ignore[misc]
-
-    def _layers(self) -> Iterator[Attention]:
-        """The model's and its draft's attention layers, with a sliding window or not."""
-        for layer in self.vllm_config.compilation_config.static_forward_context.values():
-            if isinstance(layer, Attention) and isinstance(layer.impl, SelfExtendImpl):
-                yield layer
 
     def change_numbers(self, group_size: int, neighbor_window: int) -> None:
         """Go on with other numbers; called through vLLM's `collective_rpc`. See `binding.change_numbers`."""
         change_numbers(self.model_runner, self.vllm_config, group_size, neighbor_window)
 
 
+def check_layers(vllm_config: VllmConfig) -> None:
+    """Refuse layers that cannot be served, whether they group positions or not. Needs no weights.
+
+    Raises:
+        ValueError: There is one.
+
+    """
+    for layer in _layers(vllm_config):
+        if reason := _unsupported_reason(layer):
+            model = vllm_config.model_config.model
+            raise ValueError(f"Self-Extend cannot serve {model}: {layer.layer_name} {reason}")
+
+
+def _layers(vllm_config: VllmConfig) -> Iterator[Attention]:
+    """The model's and its draft's attention layers, with a sliding window or not."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        if isinstance(layer, Attention) and isinstance(layer.impl, SelfExtendImpl):
+            yield layer
+
+
 def _unsupported_reason(layer: Attention) -> str | None:
-    """Why a layer cannot be served, whether it groups positions or not; None if it can."""
+    """Why a layer cannot be served; None if it can."""
     if type(layer) not in (Attention, ChunkedLocalAttention):
         return (
             f"is a {type(layer).__name__}. Self-Extend knows vLLM's Attention and ChunkedLocalAttention; others keep "

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .. import planning
 from .methods import Checkpoint, engine_settings
 from .prompts import Encode, Prompt, Row, Task
 
@@ -12,11 +13,8 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 OWN_ARGUMENTS = (
-    "model",
-    "max_model_len",
-    "attention_backend",
+    *planning.OWN_ARGUMENTS,
     "attention_config",
-    "additional_config",
     "hf_overrides",
     "worker_cls",
     "kv_transfer_config",
@@ -50,11 +48,13 @@ def running(
     arguments: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": True, "use_tqdm_on_load": False}
     # The loss takes the logits of all tokens of a step, memory that vLLM does not reckon with.
     arguments["max_num_batched_tokens"] = 2048
+    per_sequence = report.kv_bytes_per_sequence
     if current_platform.is_cpu():
         # vLLM keeps a core free for its other processes, which have nothing to do here: half of a machine of two.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    if current_platform.is_cpu() and per_sequence is not None:  # None: not supported, and measured by other methods
         # A CPU's memory is everybody's. Two sequences' worth keep the beginning of the one before.
-        arguments["kv_cache_memory_bytes"] = 2 * report.kv_bytes_per_sequence + (64 << 20)
+        arguments["kv_cache_memory_bytes"] = 2 * per_sequence + (64 << 20)
     arguments |= engine_settings(method, checkpoint, settings) | engine_args
     llm = LLM(model=report.model, max_model_len=report.max_model_len, **arguments)
     try:
