@@ -6,19 +6,16 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    GlmConfig,
+    AutoModelForImageTextToText,
+    GPTJConfig,
     GPTNeoXConfig,
-    GraniteConfig,
-    HeliumConfig,
-    MixtralConfig,
-    NemotronConfig,
     Olmo2Config,
-    PersimmonConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
-    StableLmConfig,
 )
 
+from tests.engine.architectures import BY_TITLE
 from tests.engine.models import CONFIGS, SHAPE
 
 NO_HEAD_DIM: dict[str, Any] = {
@@ -32,26 +29,39 @@ def partial_rope(share: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": share}
 
 
-# longrope is refused: transformers chooses its factors anew for every batch.
+def one_set_of_factors(config: Phi3Config) -> Phi3Config:
+    """The long factors for short texts too, as vLLM takes them; else transformers chooses anew for every batch."""
+    rope = {**config.rope_parameters, "short_factor": config.rope_parameters["long_factor"]}
+    return Phi3Config(**{**config.to_dict(), "rope_parameters": rope})
+
+
+def gptj(num_positions: int) -> GPTJConfig:
+    return GPTJConfig(**{**NO_KV_HEADS, "max_position_embeddings": num_positions}, rotary_dim=16, n_inner=96)
+
+
+# What each has that those before it do not; the other architectures are in `make models`.
 FAMILIES: dict[str, PreTrainedConfig] = {
-    **{name: config for name, config in CONFIGS.items() if name != "longrope"},
-    "glm": GlmConfig(**SHAPE, rope_parameters=partial_rope(0.5)),
+    **CONFIGS,
+    "longrope": one_set_of_factors(CONFIGS["longrope"]),
     "gpt-neox": GPTNeoXConfig(**NO_KV_HEADS, rope_parameters=partial_rope(0.25)),
-    "stablelm": StableLmConfig(**NO_HEAD_DIM, rope_parameters=partial_rope(0.25)),
     "olmo2": Olmo2Config(**NO_HEAD_DIM),
-    "granite": GraniteConfig(**NO_HEAD_DIM, attention_multiplier=0.2),
-    "persimmon": PersimmonConfig(**NO_KV_HEADS, rope_parameters=partial_rope(0.5)),
-    "nemotron": NemotronConfig(**SHAPE, rope_parameters=partial_rope(0.5)),
-    "helium": HeliumConfig(**{**SHAPE, "hidden_size": 128}),
-    # Every token goes to every expert: a choice of experts would turn rounding into other answers.
-    "mixtral": MixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=2, sliding_window=None),
+    "falcon": BY_TITLE["FalconForCausalLM"].config(),  # attends by itself
+    "gptj": gptj(256),  # attends by itself, and has a table
+    "smollm3": BY_TITLE["SmolLM3ForCausalLM"].config(),  # layers without RoPE
+    "ministral3": BY_TITLE["Ministral3ForCausalLM"].config(),  # queries that grow with their position
+    "gemma3n": BY_TITLE["Gemma3nForCausalLM"].config(),  # layers that attend to another one's keys
+    "gemma4": BY_TITLE["Gemma4ForCausalLM"].config(),  # the same, found by the kind of layer
+    "qwen3.5": BY_TITLE["Qwen3_5ForCausalLM"].config(),  # gated delta layers, M-RoPE
+    "qwen2-vl": BY_TITLE["Qwen2VLForConditionalGeneration"].config(),  # a text model beside others
 }
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model in float32, the same at every call; generation does not stop by itself."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    reads_more = config.get_text_config() is not config
+    auto_class = AutoModelForImageTextToText if reads_more else AutoModelForCausalLM
+    model = auto_class.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_selfextend.transformers as SelfExtend
 from tests.engine import oracle
@@ -26,7 +26,7 @@ NUMBERS = {"divides": (4, 16, False), "odd": (5, 18, True)}
 def test_tokens_equal_the_papers(name: str, numbers: str, checkpoint: Callable[[str], str]) -> None:
     group_size, window, exact_short = NUMBERS[numbers]
     path = checkpoint(name)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = oracle.model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=torch.float32)
     SelfExtend.apply(model, group_size, window, trained_length=TRAINED_LENGTH, exact_short=exact_short)
     prompts = random_prompts(LENGTHS, seed=1)
     answers, logprobs = greedy(model, prompts, NEW_TOKENS)

@@ -13,7 +13,7 @@ import vllm_selfextend.transformers as SelfExtend
 from tests.engine.models import SHAPE, random_prompts
 from vllm_selfextend.transformers.attention import attention
 
-from .families import FAMILIES, random_model
+from .families import FAMILIES, gptj, random_model
 from .prompts import greedy, padded
 
 TEXT = torch.tensor(random_prompts([150], seed=2))
@@ -29,10 +29,13 @@ def logits(model: PreTrainedModel, **inputs: Any) -> torch.Tensor:
     return model(**{"input_ids": TEXT, **inputs}).logits
 
 
-@pytest.mark.parametrize(("name", "implementation"), [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager")])
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("llama", "sdpa"), ("gemma2", "eager"), ("falcon", "sdpa"), ("gptj", "eager")]
+)
 def test_remove_restores_the_model_bit_for_bit(name: str, implementation: str) -> None:
     model = random_model(FAMILIES[name])
     model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == implementation
     before, attributes = logits(model), {m: set(vars(m)) for m in model.modules()}
     SelfExtend.apply(model, 4, 16)
     assert not torch.equal(logits(model), before)
@@ -119,8 +122,10 @@ def test_a_cache_does_not_outlive_remove(model: PreTrainedModel, which: int) -> 
     torch.testing.assert_close(got, logits(model, input_ids=TEXT[:, :20]), atol=1e-4, rtol=0.0)
 
 
-def test_a_copied_cache_goes_on(model: PreTrainedModel) -> None:
-    """As one does to answer several questions on one text."""
+@pytest.mark.parametrize("name", ["llama", "smollm3"])
+def test_a_copied_cache_goes_on(name: str) -> None:
+    """As one does to answer several questions on one text; in layers that are not extended too."""
+    model = random_model(FAMILIES[name])
     SelfExtend.apply(model, 4, 16)
     cache, wanted = DynamicCache(config=model.config), logits(model)
     logits(model, input_ids=TEXT[:, :100], past_key_values=cache)
@@ -145,6 +150,14 @@ def test_in_bfloat16_the_answers_are_close(model: PreTrainedModel) -> None:
     SelfExtend.apply(half, 4, 16)
     got = logits(half).float().log_softmax(-1)
     assert (got.argmax(-1) == wanted.argmax(-1)).float().mean() > 0.9
+
+
+def test_positions_past_the_end_of_a_table() -> None:
+    """GPT-J's has as many rows as the model was trained for."""
+    short, long = random_model(gptj(64)), random_model(gptj(256))
+    for model in (short, long):
+        SelfExtend.apply(model, 4, 16, trained_length=64)
+    assert torch.equal(logits(short), logits(long))
 
 
 def test_a_padded_batch_in_a_forward_call(model: PreTrainedModel) -> None:

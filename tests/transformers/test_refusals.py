@@ -8,16 +8,19 @@ from transformers import (
     AutoModelForCausalLM,
     Cohere2Config,
     DeepseekV3Config,
+    FalconConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
+    SmolLM3Config,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 import vllm_selfextend.transformers as SelfExtend
 from tests.engine.models import CONFIGS, SHAPE, random_prompts
+from vllm_selfextend.transformers.layer import extended_layer
 
 from .families import FAMILIES, random_model
 from .prompts import PAD
@@ -44,9 +47,16 @@ MODELS = {
     "dynamic": (LlamaConfig(**rope(rope_type="dynamic", factor=2.0)), "dynamic NTK.*frequencies move with the length"),
     "longrope": (CONFIGS["longrope"], "'longrope': transformers chooses its factors anew"),
     "mla": (MLA, r"multi-head latent attention \(MLA\)"),
-    "mrope": (LlamaConfig(**rope(rope_type="default", mrope_section=[4, 6, 6])), r"several position axes \(M-RoPE\)"),
-    "layers without": (NOPE, r"its layers have no rotary position embeddings \(RoPE\)"),
-    "learned positions": (GPT2Config(vocab_size=160, n_embd=64, n_layer=2, n_head=4), "RoPE|is not known"),
+    "RoPE where nothing is far": (NOPE, "its layers with RoPE see a part of the context only.*nothing to extend"),
+    "learned positions": (
+        GPT2Config(vocab_size=160, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+        r"its layers have no rotary position embeddings \(RoPE\)",
+    ),
+    "alibi": (
+        FalconConfig(vocab_size=160, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, alibi=True),
+        "ALiBi",
+    ),
+    "both directions": (LlamaConfig(**SHAPE, is_causal=False), "its attention is not causal"),
     "all slide": (
         MistralConfig(**SHAPE, sliding_window=24),
         "every layer attends to a sliding window.*sliding_window=None",
@@ -68,11 +78,29 @@ def test_models_that_cannot_be_extended(name: str) -> None:
 @pytest.mark.parametrize("seed", [2, 4, 8, 16])
 def test_some_layers_without_rope(seed: int) -> None:
     """SmolLM3 rotates in some of the layers that see the whole context; which, no weights may hide."""
-    from transformers import SmolLM3Config
-
     config = SmolLM3Config(**{**SHAPE, "hidden_size": 128}, no_rope_layers=[1, 0, 1], use_sliding_window=False)
-    with pytest.raises(ValueError, match="1 of its layers that see the whole context have no rotary"):
-        SelfExtend.apply(random_model(config, seed), 4, 16)
+    model = random_model(config, seed)
+    SelfExtend.apply(model, 4, 16)
+    assert [extended_layer(layer.self_attn) is not None for layer in model.model.layers] == [True, False, True]
+
+
+def test_keys_of_a_layer_of_another_kind() -> None:
+    """The last layer sees the whole context; the first one's keys are those of a window."""
+    model = random_model(FAMILIES["gemma3n"])
+    model.model.layers[-1].self_attn.kv_shared_layer_index = 0
+    model.model.layers[0].self_attn.store_full_length_kv = True
+    with pytest.raises(ValueError, match="attends to keys that another layer has made, and not as that one does"):
+        SelfExtend.apply(model, 4, 16)
+
+
+def test_a_module_whose_forward_is_not_its_own() -> None:
+    model = random_model(FAMILIES["falcon"])
+    attention = model.transformer.h[1].self_attention
+    attention.forward = replaced = attention.forward
+    with pytest.raises(ValueError, match="the forward of its FalconAttention has been replaced"):
+        SelfExtend.apply(model, 4, 16)
+    assert attention.forward is replaced
+    assert "forward" not in vars(model.transformer.h[0].self_attention)
 
 
 def test_an_encoder_and_what_is_no_model() -> None:
@@ -87,7 +115,7 @@ def test_a_rotation_that_no_frequencies_of_the_model_explain(model: PreTrainedMo
     other = random_model(FAMILIES["llama"])
     forward = other.model.rotary_emb.forward
     other.model.rotary_emb.forward = lambda x, position_ids: forward(x, 1.01 * position_ids)
-    with pytest.raises(ValueError, match="how LlamaAttention rotates its queries and keys is not known"):
+    with pytest.raises(ValueError, match="LlamaAttention: its queries and keys are not what the model's RoPE"):
         SelfExtend.apply(other, 4, 16)
 
 
@@ -148,6 +176,20 @@ def test_positions_that_do_not_count_the_tokens(extended: PreTrainedModel) -> No
         extended(input_ids=text(30), position_ids=packed)
     shifted = extended(input_ids=text(30), position_ids=torch.arange(7, 37)[None]).logits
     torch.testing.assert_close(shifted, extended(input_ids=text(30)).logits, atol=1e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen3.5"])
+def test_axes_that_differ(name: str) -> None:
+    """As those of an image do; with equal axes the text is the one without any."""
+    model = random_model(FAMILIES[name])
+    SelfExtend.apply(model, 4, 16)
+    positions = torch.arange(30).expand(3, 1, -1)
+    equal = model(input_ids=text(30), position_ids=positions).logits
+    torch.testing.assert_close(equal, model(input_ids=text(30)).logits, atol=1e-4, rtol=0.0)
+    of_an_image = positions.clone()
+    of_an_image[1, 0, 10:14] = torch.tensor([10, 10, 11, 11])
+    with pytest.raises(ValueError, match=r"several axes \(M-RoPE\), which differ in images and videos"):
+        model(input_ids=text(30), position_ids=of_an_image)
 
 
 def test_masks_that_are_not_causal(extended: PreTrainedModel) -> None:

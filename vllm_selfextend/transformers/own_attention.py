@@ -27,7 +27,7 @@ def open_attention(model: nn.Module) -> None:
         if "forward" in vars(module):
             raise ValueError(
                 f"the forward of its {type(module).__name__} has been replaced (a hook on the module itself?), and "
-                "Self-Extend has to put its own there: apply it before."
+                "Self-Extend puts its own there. Call SelfExtend.apply before what has replaced it."
             )
         module.forward = functools.partial(forward, module)
 
