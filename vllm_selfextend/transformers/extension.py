@@ -18,7 +18,7 @@ from .call import begin_call, end_call, takes_keywords
 from .flash_attention import find_flash_attention
 from .inputs import check_inputs
 from .layer import ATTRIBUTE, MODEL_ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
-from .watch import find_rotations
+from .watch import find_rotations, some_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def apply(
         raise ValueError(f"Self-Extend cannot be applied to this {type(model).__name__}: {reason}")
     flash_attention = find_flash_attention(flash_attention_impl) if enable_flash_attention else None
     # Every layer is asked again when it attends; embeddings have the type that a quantised model computes in.
-    if flash_attention and (reason := flash_attention.unusable(model.get_input_embeddings().weight)):
+    if flash_attention and (reason := flash_attention.unusable(some_embeddings(model))):
         raise ValueError(reason)
     plan = _plan(model.config, group_size, window_size, trained_length, exact_short, scale_base)
     remove(model)

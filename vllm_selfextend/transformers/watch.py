@@ -54,19 +54,37 @@ AttentionMaskInterface.register(NAME, _watched_mask)
 
 
 @torch.no_grad()
+def some_embeddings(model: Any) -> torch.Tensor:
+    """What a model makes of its first tokens, `[tokens, hidden_size]`, where it computes, in the dtype that it does.
+
+    Raises:
+        ValueError: It has no weights.
+
+    """
+    embeddings = model.get_input_embeddings()
+    weight = embeddings.weight
+    # Of an offloaded weight only the shape is here, on "meta": the module fetches it, and moves its input as well.
+    tokens = torch.arange(min(256, len(weight)), device="cpu" if weight.is_meta else weight.device)
+    embedded: torch.Tensor = embeddings(tokens)
+    if embedded.is_meta:
+        raise ValueError("the model's weights are on the device 'meta', which holds no numbers: load them first.")
+    return embedded
+
+
+@torch.no_grad()
 def watch(model: Any) -> list[Seen]:
     """What each attention module does, in the order of the layers; the model's attention is set to `NAME` after it."""
-    embeddings = model.get_input_embeddings().weight
+    embedded = some_embeddings(model)
     # A padding token may be embedded as zeros, which no rotation turns.
-    token = int(embeddings[:256].float().norm(dim=1).argmax())
+    token = int(embedded.float().norm(dim=1).argmax())
     model.set_attn_implementation(NAME)
     by_position: list[list[Seen]] = []
     before = _seen.set(None)
     try:
-        for position in POSITIONS.to(embeddings.device):
+        for position in POSITIONS.to(embedded.device):
             by_position.append([])
             _seen.set(by_position[-1])
-            inputs = torch.full((1, 1), token, device=embeddings.device)
+            inputs = torch.full((1, 1), token, device=embedded.device)
             model(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -88,13 +106,13 @@ def find_rotations(model: Any) -> dict[Any, ModelRotation]:
         ValueError: There is none, one has no RoPE, or how it rotates cannot be told.
 
     """
-    candidates = [b.detach().float().cpu() for name, b in model.named_buffers() if name.endswith("inv_freq")]
     seen = watch(model)
     if not seen:
         raise ValueError(
             f"none of {type(model).__name__}'s layers attends through transformers' AttentionInterface, where "
             "Self-Extend takes its place."
         )
+    candidates = [b.detach().float().cpu() for name, b in model.named_buffers() if name.endswith("inv_freq")]
     found: dict[Any, ModelRotation] = {}
     without: list[nn.Module] = []
     for layer in [layer for layer in seen if layer.sees_all]:
