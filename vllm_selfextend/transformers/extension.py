@@ -79,7 +79,8 @@ def apply(
     # Every layer is asked again when it attends; embeddings have the type that a quantised model computes in.
     if flash_attention and (reason := flash_attention.unusable(some_embeddings(model))):
         raise ValueError(reason)
-    plan = _plan(model.config, group_size, window_size, trained_length, exact_short, scale_base)
+    kernel = flash_attention_impl if flash_attention else "reference"
+    plan = _plan(model.config, group_size, window_size, trained_length, exact_short, scale_base, kernel)
     remove(model)
     before = model.config._attn_implementation
     try:
@@ -92,7 +93,6 @@ def apply(
         model.set_attn_implementation(before)
     extension = Extension(
         plan=plan,
-        scale_base=max(scale_base, 0),
         grouped_layers=frozenset(int(module.layer_idx) for module in rotations),
         implementation=before,
         config=model.config,
@@ -119,7 +119,7 @@ def apply(
         plan.neighbor_window,
         plan.trained_length,
         "exact" if plan.exact_short else "grouped too",
-        f"base {scale_base}" if scale_base > 0 else "off",
+        f"base {plan.log_scale_len}" if plan.log_scale else "off",
         plan.capacity,
     )
     return plan
@@ -188,7 +188,13 @@ def _cache_argument(module: Any) -> str:
 
 
 def _plan(
-    config: Any, group_size: int, window_size: int, trained_length: int | None, exact_short: bool, scale_base: int
+    config: Any,
+    group_size: int,
+    window_size: int,
+    trained_length: int | None,
+    exact_short: bool,
+    scale_base: int,
+    kernel: str,
 ) -> ExtensionPlan:
     for name, value in {"group_size": group_size, "window_size": window_size, "trained_length": trained_length}.items():
         if not _is_integer(value, at_least=1) and not (name == "trained_length" and value is None):
@@ -209,8 +215,8 @@ def _plan(
         group_size=group_size,
         neighbor_window=window_size,
         exact_short=exact_short,
-        log_scale=scale_base == length,
-        kernel="reference",
+        log_scale_len=max(scale_base, 0),
+        kernel=kernel,
         reason="group size and window set by the user",
     )
 
