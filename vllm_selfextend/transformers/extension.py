@@ -20,7 +20,7 @@ from .flash_attention import find_flash_attention
 from .inputs import check_inputs
 from .layer import ATTRIBUTE, MODEL_ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
 from .own_attention import close_attention, open_attention, set_attention
-from .watch import find_rotations
+from .watch import find_rotations, some_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +80,12 @@ def apply(
         raise ValueError(f"Self-Extend cannot be applied to this {type(model).__name__}: {reason}")
     flash_attention = find_flash_attention(flash_attention_impl) if enable_flash_attention else None
     # Every layer is asked again when it attends; embeddings have the type that a quantised model computes in.
-    if flash_attention and (reason := flash_attention.unusable(model.get_input_embeddings().weight)):
+    if flash_attention and (reason := flash_attention.unusable(some_embeddings(model))):
         raise ValueError(reason)
     text = _text_model(model)
-    scale_base = _scale_base(scale_base)
-    plan = _plan(text.config, group_size, window_size, trained_length, exact_short, scale_base)
+    log_scale_len = _log_scale_len(scale_base)
+    kernel = flash_attention_impl if flash_attention else "reference"
+    plan = _plan(text.config, group_size, window_size, trained_length, exact_short, log_scale_len, kernel)
     remove(model)
     before = text.config._attn_implementation
     try:
@@ -101,7 +102,6 @@ def apply(
         set_attention(text, before)
     extension = Extension(
         plan=plan,
-        scale_base=scale_base,
         grouped_layers=frozenset(int(module.layer_idx) for module in rotations),
         implementation=before,
         config=text.config,
@@ -129,7 +129,7 @@ def apply(
         plan.neighbor_window,
         plan.trained_length,
         "exact" if plan.exact_short else "grouped too",
-        f"base {scale_base}" if scale_base > 0 else "off",
+        f"base {plan.log_scale_len}" if plan.log_scale else "off",
         plan.capacity,
     )
     return plan
@@ -210,7 +210,13 @@ def _cache_argument(module: Any) -> str:
 
 
 def _plan(
-    config: Any, group_size: int, window_size: int, trained_length: int | None, exact_short: bool, scale_base: int
+    config: Any,
+    group_size: int,
+    window_size: int,
+    trained_length: int | None,
+    exact_short: bool,
+    log_scale_len: int,
+    kernel: str,
 ) -> ExtensionPlan:
     group_size, window_size = _count("group_size", group_size), _count("window_size", window_size)
     if trained_length is not None:
@@ -229,8 +235,8 @@ def _plan(
         group_size=group_size,
         neighbor_window=window_size,
         exact_short=exact_short,
-        log_scale=scale_base == length,
-        kernel="reference",
+        log_scale_len=log_scale_len,
+        kernel=kernel,
         reason="group size and window set by the user",
     )
 
@@ -241,13 +247,13 @@ def _count(name: str, value: Any) -> int:
     return count
 
 
-def _scale_base(value: Any) -> int:
+def _log_scale_len(scale_base: Any) -> int:
     """`AttentionParams.log_scale_len`."""
-    if value == -1:
+    if scale_base == -1:
         return 0
-    if (count := as_count(value, least=2)) is None:
+    if (count := as_count(scale_base, least=2)) is None:
         raise ValueError(
-            f"scale_base is {value!r}; it must be an integer from 2 to {MAX_POSITIONS}, or -1 for no scaling."
+            f"scale_base is {scale_base!r}; it must be an integer from 2 to {MAX_POSITIONS}, or -1 for no scaling."
         )
     return count
 

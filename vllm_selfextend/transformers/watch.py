@@ -82,19 +82,42 @@ AttentionMaskInterface.register(NAME, _watched_mask)
 
 
 @torch.no_grad()
-def watch(model: Any) -> list[Seen]:
-    """What each attention module does, in the order of the layers; the model's attention is set to `NAME` after it."""
-    embeddings = model.get_input_embeddings().weight
+def some_embeddings(model: Any) -> torch.Tensor:
+    """What a model makes of its first tokens, `[tokens, hidden_size]`, where it computes, in the dtype that it does.
+
+    Raises:
+        ValueError: It has no weights.
+
+    """
+    embeddings = model.get_input_embeddings()
+    weight = embeddings.weight
+    # Of an offloaded weight only the shape is here, on "meta": the module fetches it, and moves its input as well.
+    tokens = torch.arange(min(256, len(weight)), device="cpu" if weight.is_meta else weight.device)
+    embedded: torch.Tensor = embeddings(tokens)
+    if embedded.is_meta:
+        raise ValueError("the model's weights are on the device 'meta', which holds no numbers: load them first.")
+    return embedded
+
+
+@torch.no_grad()
+def watch(model: Any, embedded: torch.Tensor) -> list[Seen]:
+    """What each attention module does, in the order of the layers; the model's attention is set to `NAME` after it.
+
+    Args:
+        model: The model.
+        embedded: Its `some_embeddings`.
+
+    """
     # A padding token may be embedded as zeros, which no rotation turns.
-    token = int(embeddings[:256].float().norm(dim=1).argmax())
+    token = int(embedded.float().norm(dim=1).argmax())
     set_attention(model, NAME)
     by_position: list[list[Seen]] = []
     before = _seen.set(None)
     try:
-        for position in POSITIONS.to(embeddings.device):
+        for position in POSITIONS.to(embedded.device):
             by_position.append([])
             _seen.set(by_position[-1])
-            inputs = torch.full((1, 1), token, device=embeddings.device)
+            inputs = torch.full((1, 1), token, device=embedded.device)
             model(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -118,10 +141,11 @@ def find_rotations(model: Any) -> dict[Any, Found]:
         ValueError: There is none, or how one rotates cannot be told.
 
     """
+    embedded = some_embeddings(model)
     candidates = _candidates(model)
     if not candidates:
         raise ValueError(NO_ROPE)
-    seen = watch(model)
+    seen = watch(model, embedded)
     if not seen:
         raise ValueError(
             f"none of {type(model).__name__}'s layers attends through transformers' AttentionInterface, where "
