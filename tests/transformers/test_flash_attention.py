@@ -50,7 +50,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("name", ["gemma2", "sinks", "glm", "llama-mqa"])
+@pytest.mark.parametrize("name", ["gemma2", "sinks", "glm4", "llama-mqa"])
 def test_models_answer_as_without_it(name: str, numbers: str, stand_in: StandIn) -> None:
     """Soft cap beside sliding layers, sinks, partial and interleaved rotations; padded, with and without a cache."""
     group_size, window, exact_short = NUMBERS[numbers]
