@@ -94,10 +94,15 @@ class SelfExtendConfig:
 
         Raises:
             ValueError: `max_model_len` is past what the numbers can reach, or the neighbor window past the trained
-                length.
+                length, or the checkpoint names no length that could be.
 
         """
         length = self.trained_length or derived_length
+        if length < 1:
+            raise ValueError(
+                f"The model's config says that it was trained for {length} tokens. Set {CONFIG_KEY}.trained_length to "
+                "the true number."
+            )
         chosen = []
         if isinstance(self.neighbor_window, int):
             window = self.neighbor_window
