@@ -96,10 +96,15 @@ class SelfExtendConfig:
 
         Raises:
             ValueError: `max_model_len` is past what the numbers can reach, the neighbor window past the trained
-                length, or a length past what positions can be.
+                length, or a length is not one that positions can have.
 
         """
         length = self.trained_length or derived_length
+        if length < 1:
+            raise ValueError(
+                f"The model's config says that it was trained for {length} tokens. Set {CONFIG_KEY}.trained_length to "
+                "the true number."
+            )
         if length > MAX_POSITIONS:
             raise ValueError(
                 f"the checkpoint's length is {length}, and Self-Extend's positions end at {MAX_POSITIONS}. Set "

@@ -145,9 +145,15 @@ def read_config(model: str, max_model_len: int, engine_args: dict[str, Any]) -> 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     if unknown := sorted(engine_args.keys() - known):
         raise ValueError(f"vLLM has no argument {unknown[0]!r}; see the fields of vllm.engine.arg_utils.EngineArgs.")
+    arguments = {**engine_args, "model": model, "max_model_len": max_model_len}
     with widened_length_check() as check, _as_a_sentence():
-        arguments = {**engine_args, "model": model, "max_model_len": max_model_len}
-        model_config = EngineArgs(**arguments).create_model_config()
+        try:
+            model_config = EngineArgs(**arguments).create_model_config()
+        except (ValueError, OSError):
+            raise
+        except Exception as error:  # transformers and vLLM calculate with what a config has, whatever that is
+            said = " ".join(str(error.args[0] if error.args else "").split())
+            raise ValueError(f"The config of {model} cannot be read: {type(error).__name__}: {said}") from error
     return model_config, check.derived_length
 
 

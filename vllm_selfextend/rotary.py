@@ -49,6 +49,15 @@ def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int) -> Frequencies
     raise ValueError(unsupported_rope_type(rope_type))
 
 
+_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("long_factor", "original_max_position_embeddings"),
+}
+_OPTIONAL = ("rope_theta", "partial_rotary_factor", "factor", "beta_fast", "beta_slow")
+"""Numbers of RoPE parameters, by their rope type, and of any type."""
+
 SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
@@ -68,6 +77,10 @@ def rope_parameters(hf_text_config: Any) -> Iterator[dict[str, Any]]:
     """The sets of RoPE parameters of a config: one, or one per layer type (Gemma 3).
 
     Reads `rope_parameters` as transformers 5 and vLLM's config loader (`patch_rope_parameters`) leave it.
+
+    Raises:
+        ValueError: A number is missing, or is none.
+
     """
     parameters = getattr(hf_text_config, "rope_parameters", None) or {}
     if not parameters and getattr(hf_text_config, "rotary_dim", None):  # GPT-J, whose config says no more than that
@@ -78,6 +91,7 @@ def rope_parameters(hf_text_config: Any) -> Iterator[dict[str, Any]]:
         if one.get("rope_type") in ("longrope", "yarn", "llama3"):
             original = getattr(hf_text_config, "original_max_position_embeddings", None)
             one.setdefault("original_max_position_embeddings", original or hf_text_config.max_position_embeddings)
+        _check_numbers(one)
         yield one
 
 
@@ -91,6 +105,30 @@ def uses_alibi(config: Any) -> bool:
         or getattr(config, "position_embedding_type", None) == "alibi"
         or config.model_type == "bloom"
     )
+
+
+def _check_numbers(rope: Mapping[str, Any]) -> None:
+    """Refuse RoPE parameters that `inverse_frequencies` cannot calculate with; configs are written by hand, too.
+
+    Raises:
+        ValueError: One is missing, or is no number above 0.
+
+    """
+    rope_type = rope.get("rope_type", "default")
+    needed = _NEEDED.get(rope_type, ())
+    given = [name for name in _OPTIONAL if rope.get(name) is not None or (name == "rope_theta" and name in rope)]
+    for name in (*needed, *given):
+        value = rope.get(name)
+        numbers: list[Any] = value if name == "long_factor" and isinstance(value, list) and value else [value]
+        if not all(_is_number(number) and number > 0 for number in numbers):
+            raise ValueError(
+                f"its RoPE of type {rope_type!r} has {name} {value!r} in the config; it must be a number above 0"
+                f"{', or a list of them' if name == 'long_factor' else ''}."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def cos_sin(frequencies: Frequencies, start: int, stop: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -129,7 +129,10 @@ def _model_reason(model_config: ModelConfig) -> str | None:
         return "it uses dual chunk attention, which re-maps positions by itself."
     if uses_alibi(config):
         return "it uses ALiBi; Self-Extend needs rotary position embeddings (RoPE)."
-    parameters = list(rope_parameters(config))
+    try:
+        parameters = list(rope_parameters(config))
+    except ValueError as error:
+        return str(error)
     if not parameters:
         return "its config names no rotary position embeddings (RoPE), which Self-Extend re-maps."
     for one in parameters:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,27 @@ REFUSED = {
 }
 
 
+BOTH_WAYS = r"its tokens attend to those after them, too \(an encoder, or is_causal is false"
+REFUSED |= {
+    "no causal attention": ({**LLAMA, "is_causal": False}, BOTH_WAYS),
+    "an encoder with RoPE": (
+        {
+            **SHAPE,
+            "model_type": "modernbert",
+            "architectures": ["ModernBertModel"],
+            "local_attention": 16,
+            "cls_token_id": 0,
+            "sep_token_id": 1,
+        },
+        BOTH_WAYS,
+    ),
+    "numbers that are none": (
+        {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}},
+        "its RoPE of type 'default' has rope_theta '1e4' in the config",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_cannot_work(case: str, tmp_path: Path) -> None:
     config, message = REFUSED[case]
@@ -135,6 +157,36 @@ def test_models_that_work(case: str, tmp_path: Path) -> None:
     report = plan_report(str(tmp_path), 512, settings)
     assert (report.supported, report.why_not) == (True, None)
     assert (report.group_size, report.neighbor_window) == (chosen.group_size, chosen.neighbor_window)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"worker_cls": "my.Worker"}, "the worker class is my.Worker"),
+        ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "context parallelism splits the positions"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+        ({"block_size": 8}, "block_size not supported"),
+        (
+            {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+            "the group size says how they are stored",
+        ),
+        ({"max_num_batched_tokens": 1, "enable_chunked_prefill": False}, "max_num_batched_tokens"),
+    ],
+)
+def test_plan_refuses_the_arguments_that_start_up_refuses(arguments: dict, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    report = plan_report(str(tmp_path), 512, {}, arguments)
+    assert not report.supported
+    assert said in report.why_not
+    assert (report.kv_bytes_per_token, report.kv_bytes_per_sequence) == (None, None)
+
+
+def test_code_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    monkeypatch.setattr(llama.LlamaModel, "__init__", lambda *args, **kwargs: {}["nothing"])
+    assert "vLLM's code for it fails here with KeyError: 'nothing'" in plan_report(str(tmp_path), 512, {}).why_not
+    monkeypatch.setattr(llama.LlamaModel, "__init__", lambda *args, **kwargs: os._exit(3))
+    assert "ends the process that makes the model" in plan_report(str(tmp_path), 512, {}).why_not
 
 
 def test_context_parallelism(tmp_path: Path) -> None:
@@ -368,15 +420,17 @@ def test_a_layer_that_the_model_does_not_use_cannot_serve(
 def test_layers_of_another_kind_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """As HRM's, whose prompts attend in both directions."""
     monkeypatch.setattr(llama, "Attention", PrefillPrefixLMAttention)
-    with pytest.raises(ValueError, match=r"model\.layers\.0.* is a PrefillPrefixLMAttention\. Self-Extend knows"):
+    with pytest.raises(ValueError, match=r"layers\.0.* is a PrefillPrefixLMAttention\. Self-Extend knows") as refused:
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+    assert plan_report(checkpoint("llama"), 512, {}).why_not in str(refused.value), "plan says the same"
 
 
 def test_layers_with_another_backend_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """As MiMo V2's, whose code chooses it since its keys and values have different sizes."""
     monkeypatch.setattr(llama, "Attention", partial(Attention, attn_backend=CPUAttentionBackend))
-    with pytest.raises(ValueError, match=r"layers\.0.* has another attention backend, CPU_ATTN"):
+    with pytest.raises(ValueError, match=r"layers\.0.* has another attention backend, CPU_ATTN") as refused:
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+    assert plan_report(checkpoint("llama"), 512, {}).why_not in str(refused.value), "plan says the same"
 
 
 def test_values_of_another_size_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,8 +440,9 @@ def test_values_of_another_size_cannot_serve(checkpoint: Callable, monkeypatch: 
 
     original = Attention.__init__
     monkeypatch.setattr(Attention, "__init__", build)
-    with pytest.raises(ValueError, match=r"model\.layers\.0.*has keys of 32 and values of 16 dimensions"):
+    with pytest.raises(ValueError, match=r"model\.layers\.0.*has keys of 32 and values of 16 dimensions") as refused:
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
+    assert plan_report(checkpoint("llama"), 512, {}).why_not in str(refused.value), "plan says the same"
 
 
 IN_PROCESS = {"skip_tokenizer_init": True, "enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 64 << 20}

@@ -1,5 +1,6 @@
 """What cannot work is refused by name, with what to do."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import (
 
 import vllm_selfextend.transformers as SelfExtend
 from tests.engine.models import CONFIGS, SHAPE, random_prompts
+from vllm_selfextend.transformers.extension import checkpoint_length
 from vllm_selfextend.transformers.layer import extended_layer
 
 from .families import FAMILIES, random_model
@@ -62,6 +64,12 @@ MODELS = {
         "every layer attends to a sliding window.*sliding_window=None",
     ),
 }
+
+
+@pytest.mark.parametrize("length", [-1, 64.0, "64", True])
+def test_a_config_whose_length_is_none(length: object) -> None:
+    with pytest.raises(ValueError, match=f"config has the length {length!r}, which is none: pass trained_length"):
+        checkpoint_length(SimpleNamespace(max_position_embeddings=length, model_type="llama"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,6 +2,8 @@ import importlib.util
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -61,6 +63,69 @@ def test_plan_with_the_users_numbers() -> None:
     report = plan(MODEL_DIR, "--max-model-len", 1600, "--group-size", 8, "--neighbor-window", 64)
     assert (report["capacity"], report["reason"]) == (1600, "group size and neighbor window set by the user")
     assert plan(MODEL_DIR, "--max-model-len", 4096, "--trained-length", 512)["trained_length"] == 512
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    config = json.loads((MODEL_DIR / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_plan_prints_a_command_for_the_shell(tmp_path: Path) -> None:
+    model = write_config(tmp_path / "it's mine")
+    arguments = {"dtype": "float32", "enforce_eager": True, "hf_overrides": {"a b": 1}, "enable_prefix_caching": False}
+    result = invoke("plan", model, "--max-model-len", "4k", "--engine-args", json.dumps(arguments))
+    command = shlex.split(result.stdout[result.stdout.index("vllm serve") :])
+    assert command[:3] == ["vllm", "serve", str(model)]
+    assert command[command.index("--max-model-len") + 1] == "4000"
+    assert command[command.index("--dtype") + 1] == "float32"
+    assert json.loads(command[command.index("--hf-overrides") + 1]) == {"a b": 1}
+    assert {"--enforce-eager", "--no-enable-prefix-caching"} < set(command)
+    assert json.loads(command[command.index("--additional-config") + 1])["self_extend"]["neighbor_window"] == 64
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("4k", 4000), ("4K", 4096), ("4096", 4096), ("1.5k", 1500)])
+def test_lengths_as_vllm_reads_them(text: str, tokens: int) -> None:
+    report = plan(MODEL_DIR, "--max-model-len", text, "--trained-length", "1K")
+    assert (report["max_model_len"], report["trained_length"]) == (tokens, 1024)
+
+
+@pytest.mark.parametrize("text", ["4x", "-1", "0", "0k", "1.5K", "auto", ""])
+@pytest.mark.parametrize("command", ["plan", "evaluate", "tune"])
+def test_lengths_that_are_none(command: str, text: str) -> None:
+    result = invoke(command, MODEL_DIR, f"--max-model-len={text}")
+    assert result.exit_code == 2
+    assert "--max-model-len" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_plan_says_how_it_takes_the_option_that_helps(tmp_path: Path) -> None:
+    model = write_config(tmp_path, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
+    result = invoke("plan", model, "--max-model-len", 4096)
+    assert "Add --disable-sliding-window" in " ".join(result.stdout.replace("│", "").split())
+    advice = """Here --disable-sliding-window is --engine-args '{"disable_sliding_window": true}'"""
+    assert advice in result.stderr
+    helped = plan(model, "--max-model-len", 4096, *shlex.split(advice)[-2:])
+    assert (helped["supported"], helped["trained_length"]) == (True, 64)
+    result = invoke("plan", model, "--max-model-len", 4096, "--engine-args", '{"max_model_len": 1}')
+    assert "cannot set 'max_model_len'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"max_position_embeddings": "256"}, "cannot be read: .*'max_position_embeddings' expected int, got str"),
+        ({"max_position_embeddings": 0}, "trained for 0 tokens. Set self_extend.trained_length to the true number"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "cannot be read: KeyError: Missing .*'factor'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "cannot be read: TypeError: can't multiply"),
+    ],
+)
+def test_configs_that_are_not_what_they_should_be(changes: dict, said: str, tmp_path: Path) -> None:
+    result = invoke("plan", write_config(tmp_path, **changes), "--max-model-len", 4096)
+    assert result.exit_code == 1
+    assert re.search(said, " ".join(result.stderr.split()))
+    assert "Traceback" not in result.stderr
 
 
 def test_plan_past_the_capacity() -> None:

@@ -135,6 +135,13 @@ def test_a_window_past_the_rule_gets_the_smallest_group_size_that_reaches() -> N
         read(neighbor_window=200, group_size=plan.group_size - 1).plan(256, 1024)
 
 
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_checkpoint_that_names_no_length_that_could_be(length: int) -> None:
+    with pytest.raises(ValueError, match=f"trained for {length} tokens. Set self_extend.trained_length to the true"):
+        read().plan(length, 4096)
+    assert read(trained_length=256).plan(length, 4096).trained_length == 256
+
+
 def test_the_users_trained_length_wins() -> None:
     plan = read(trained_length=8192).plan(131072, 32768)
     assert plan.trained_length == 8192

@@ -1,11 +1,37 @@
 """Frequencies against transformers' own, which shares no code with ours."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from vllm_selfextend.rotary import cos_sin, inverse_frequencies, rope_parameters
+
+WRONG = {
+    "factor None": {"rope_type": "linear"},
+    "factor '2'": {"rope_type": "yarn", "factor": "2", "original_max_position_embeddings": 32},
+    "factor -2.0": {"rope_type": "linear", "factor": -2.0},
+    "low_freq_factor None": {"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 4.0},
+    "beta_fast '32'": {"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"},
+    r"long_factor \['a'\]": {"rope_type": "longrope", "long_factor": ["a"]},
+    r"long_factor \[\]": {"rope_type": "longrope", "long_factor": []},
+    "long_factor None": {"rope_type": "longrope"},
+    "rope_theta '1e4'": {"rope_type": "default", "rope_theta": "1e4"},
+    "rope_theta None": {"rope_theta": None},
+    "rope_theta inf": {"rope_theta": float("inf")},
+    "partial_rotary_factor True": {"rope_type": "default", "partial_rotary_factor": True},
+}
+
+
+@pytest.mark.parametrize("found", WRONG)
+def test_numbers_that_are_none(found: str) -> None:
+    """Configs are written by hand, too."""
+    config = SimpleNamespace(rope_parameters=WRONG[found], max_position_embeddings=64)
+    with pytest.raises(ValueError, match=f"^its RoPE of type '.*' has {found} in the config; it must be a number"):
+        list(rope_parameters(config))
+
 
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},

@@ -262,10 +262,12 @@ def checkpoint_length(config: Any) -> int:
     """The trained length that a config names, as vLLM derives it (`vllm/config/model.py`): linear RoPE multiplies it.
 
     Raises:
-        ValueError: It names none.
+        ValueError: It names none, or one that cannot be.
 
     """
     lengths = [length for key in LENGTH_KEYS if (length := getattr(config, key, None))]
+    if wrong := [length for length in lengths if as_count(length) is None]:
+        raise ValueError(f"the model's config has the length {wrong[0]!r}, which is none: pass trained_length.")
     if not lengths:
         raise ValueError("the model's config does not say for how many tokens it was trained: pass trained_length.")
     factors = [rope.get("factor") or 1.0 for rope in rope_parameters(config) if rope.get("rope_type") == "linear"]

@@ -1,0 +1,30 @@
+"""What `plan` says of the KV cache is what an engine keeps. `make models` holds it for every architecture."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vllm_selfextend.planning import plan_report
+
+from .architectures import BY_TITLE
+from .cache import cache_bytes
+from .conftest import ENGINE_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("title", "per_token"),
+    [
+        # 2 layers of 4 have caches of their own, one of them with heads of 64: 2 heads, keys and values, 4 bytes.
+        ("Gemma4ForCausalLM", 2 * (32 + 64) * 2 * 4),
+        # 2 layers of 4 attend; the others keep a state.
+        ("Lfm2ForCausalLM", 2 * (32 + 32) * 2 * 4),
+    ],
+)
+def test_plan_says_what_the_engine_keeps(title: str, per_token: int, tmp_path: Path, start_engine: Callable) -> None:
+    checkpoint, _ = BY_TITLE[title].save(tmp_path)
+    settings = {**ENGINE_DEFAULTS, **BY_TITLE[title].engine, "max_num_batched_tokens": 64}
+    report = plan_report(checkpoint, 1000, {}, settings)
+    assert report.kv_bytes_per_token == per_token
+    engine = start_engine(checkpoint, attention_backend="CUSTOM", max_model_len=1000, **settings)
+    assert cache_bytes(engine) == (report.kv_bytes_per_token, report.kv_bytes_per_sequence)
