@@ -223,13 +223,20 @@ def _extend_draft(vllm_config: VllmConfig, plan: ExtensionPlan, device: torch.de
     vLLM might choose its backend anew, and its first runner does not ask it past the length of its own checkpoint.
 
     Raises:
-        ValueError: A draft that cannot be extended would have CUSTOM all the same.
+        ValueError: A draft that cannot be extended would have CUSTOM all the same, or vLLM cannot run it.
 
     """
     speculative_config = vllm_config.speculative_config
     draft = speculative_config.draft_model_config
     if draft is None:  # suffix decoding
         return
+    if speculative_config.method == "mtp" and draft.uses_mrope and not vllm_config.model_config.uses_mrope:
+        # vLLM 0.32 takes M-RoPE out of a text-only Qwen3.5's config, which the head is built from, and not out of the
+        # head's. The rotary kernel then writes past its tensors, with any attention backend.
+        raise ValueError(
+            f"vLLM would give the MTP head of {draft.model} positions on several axes (M-RoPE), and the model has one. "
+            "Use the model's checkpoint with images, which vLLM serves with --language-model-only, or no MTP head."
+        )
     reason = None
     if speculative_config.uses_draft_model() or speculative_config.use_eagle():
         backend = _draft_backend(vllm_config)

@@ -15,6 +15,7 @@ import pytest
 from vllm import LLM
 
 from . import v2_runner
+from .draft_heads import save_model_and_heads
 from .models import TRAINED_LENGTH, random_prompts, save_random_adapter
 
 NEW_TOKENS = 6
@@ -120,6 +121,17 @@ def test_a_draft_model(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -
     drafted, accepted = (counters[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     # A model that drafts for itself is right at every length, if it is extended as a draft too.
     assert accepted > 0.9 * drafted > 0
+
+
+def test_an_eagle_head(on_v1: Callable, on_v2: Callable, tmp_path: Path) -> None:
+    paths, texts = save_model_and_heads(tmp_path), prompts()[1:]
+    drafts = {"method": "eagle", "model": paths["eagle"], "num_speculative_tokens": 3}
+    expected = on_v1(serve(paths["model"], "cpu"), texts)["answers"]
+    found = on_v2(serve(paths["model"], "triton", speculative_config=drafts), texts)
+    assert found["answers"] == expected
+    counters = found["counters"]
+    drafted, accepted = (counters[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
+    assert accepted > 0.4 * drafted > 0  # see test_draft_heads
 
 
 def test_after_preemption(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:

@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_selfextend import binding
 from vllm_selfextend.config import SelfExtendConfig
-from vllm_selfextend.engine_args import _draft_backend
+from vllm_selfextend.engine_args import _draft_backend, _extend_draft
 
 HIDDEN_SIZE = 24
 POSITIONS = torch.arange(5)
@@ -42,6 +42,15 @@ def test_a_drafts_backend(
         use_v2_model_runner=second_runner,
     )
     assert getattr(_draft_backend(vllm_config), "name", None) == expected
+
+
+def test_an_mtp_head_with_other_axes_is_refused() -> None:
+    """As of a Qwen3.5 without images: vLLM's rotary kernel for CPUs would write past its tensors."""
+    speculation = SimpleNamespace(method="mtp", draft_model_config=SimpleNamespace(model="a/head", uses_mrope=True))
+    vllm_config = SimpleNamespace(speculative_config=speculation, model_config=SimpleNamespace(uses_mrope=False))
+    plan = SelfExtendConfig(group_size=8, neighbor_window=16).plan(64, 256)
+    with pytest.raises(ValueError, match=r"the MTP head of a/head positions on several axes \(M-RoPE\), and the model"):
+        _extend_draft(vllm_config, plan, torch.device("cpu"))
 
 
 def calls(*, second_runner: bool = False, **how: bool) -> list[dict[str, Any]]:
