@@ -54,8 +54,9 @@ def make_model(vllm_config: VllmConfig) -> nn.Module:
         setattr(vllm_config.parallel_config, size, 1)
     with set_current_vllm_config(vllm_config), set_default_torch_dtype(vllm_config.model_config.dtype):
         if not model_parallel_is_initialized():
-            init_distributed_environment(1, 0, f"file://{tempfile.mkdtemp()}/init", 0, "gloo")
-            ensure_model_parallel_initialized(1, 1)
+            with tempfile.TemporaryDirectory() as folder:
+                init_distributed_environment(1, 0, f"file://{folder}/init", 0, "gloo")
+                ensure_model_parallel_initialized(1, 1)
         try:
             try:
                 with torch.device("meta"):
