@@ -181,6 +181,12 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
         raise ValueError(f"Self-Extend cannot serve {vllm_config.model_config.model}: {reason}")
     if plan.group_size == 1:
         logger.info("Self-Extend is off: %s.", plan.reason)
+        if plan.changes_model:
+            logger.info(
+                "The model's rotary tables are lengthened from %d to %d tokens.",
+                plan.derived_length,
+                plan.max_model_len,
+            )
     else:
         if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
             _extend_draft(vllm_config.speculative_config, plan, device)

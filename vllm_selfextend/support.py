@@ -42,7 +42,7 @@ def unsupported_reason(
         speculative_config: How drafts are made, if known and if there are any.
 
     """
-    if plan.group_size > 1:
+    if plan.changes_model:
         if parallel_config is not None and (reason := _parallel_reason(parallel_config)):
             return reason
         if speculative_config is not None and (reason := _speculative_reason(speculative_config)):

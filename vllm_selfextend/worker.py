@@ -23,7 +23,7 @@ class SelfExtendWorker:
             if reason := _unsupported_reason(layer):
                 model = self.vllm_config.model_config.model
                 raise ValueError(f"Self-Extend cannot serve {model}: {layer.layer_name} {reason}")
-        if read_plan(self.vllm_config).group_size > 1:
+        if read_plan(self.vllm_config).changes_model:
             bind_models(self.model_runner, self.vllm_config)
 
     def compile_or_warm_up_model(self) -> Any:
