@@ -21,9 +21,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-MAX_POSITIONS = 2**30
-"""How many positions there are, and so the most that a group size, a window or a length can be: kernels add two of them
-in int32."""
+from .limits import MAX_POSITIONS
 
 Positions = TypeVar("Positions", int, torch.Tensor)
 

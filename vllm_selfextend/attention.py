@@ -22,7 +22,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from .backends import load_kernels
-from .backends.interface import MAX_POSITIONS, AttentionBatch, AttentionParams, Kernels, Rotation
+from .backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from .backends.limits import MAX_POSITIONS
 from .plan import ExtensionPlan, read_plan
 
 

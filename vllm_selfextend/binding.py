@@ -21,7 +21,13 @@ from .config import SelfExtendConfig
 from .layer_probe import QueryAndKey, queries_and_keys
 from .plan import read_plan, write_plan
 from .rotary import Frequencies, cos_sin
-from .rotary_modules import is_vllm_rotary, lengthen_tables, transformers_frequencies, vllm_frequencies
+from .rotary_modules import (
+    check_other_tables,
+    is_vllm_rotary,
+    lengthen_tables,
+    transformers_frequencies,
+    vllm_frequencies,
+)
 from .rotation_probe import probe_positions, rotation_of
 
 
@@ -36,7 +42,10 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
     with set_current_vllm_config(vllm_config):
         # A stage of a pipeline may have nothing but layers with sliding windows, and so may a draft.
         is_whole = vllm_config.parallel_config.pipeline_parallel_size == 1
-        bind_model(model_runner.get_model(), vllm_config.model_config, model_runner, vllm_config, must_extend=is_whole)
+        must_extend = is_whole and read_plan(vllm_config).group_size > 1
+        bind_model(
+            model_runner.get_model(), vllm_config.model_config, model_runner, vllm_config, must_extend=must_extend
+        )
         if (draft := model_runner.get_draft_model()) is not None:
             draft_config = vllm_config.speculative_config.draft_model_config
             bind_model(draft, draft_config, model_runner, vllm_config, must_extend=False, is_draft=True)
@@ -153,7 +162,7 @@ def _nothing_to_extend(layers: dict[str, Attention]) -> str:
 
 
 def _known_frequencies(model: Any, model_config: ModelConfig, length: int) -> list[Frequencies]:
-    """The frequencies of all rotary modules, each once and checked; the tables of vLLM's are lengthened.
+    """The frequencies of all rotary modules, each once and checked; the tables of vLLM's are lengthened, if need be.
 
     A vision tower has rotations of its own, of which the text config says nothing.
     """
@@ -167,6 +176,7 @@ def _known_frequencies(model: Any, model_config: ModelConfig, length: int) -> li
                 lengthen_tables(module, frequencies, length)
                 several = [frequencies]
             else:
+                check_other_tables(module, length)
                 several = transformers_frequencies(module, config)
         found.update((frequencies.numpy().tobytes(), frequencies) for frequencies in several)
     return list(found.values())

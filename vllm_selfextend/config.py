@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any, Literal
 
 from .backends import KERNEL_CHOICES
-from .backends.interface import MAX_POSITIONS
+from .backends.limits import MAX_POSITIONS
 from .plan import CONFIG_KEY, ExtensionPlan
 from .positions import as_count, smallest_group_size
 
@@ -137,6 +137,7 @@ class SelfExtendConfig:
             chosen.append(f"group size {group}: {reason}")
         plan = ExtensionPlan(
             max_model_len=max_model_len,
+            derived_length=derived_length,
             trained_length=length,
             group_size=group,
             neighbor_window=window,

@@ -188,11 +188,17 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
     )
     if reason is not None:
         raise ValueError(f"Self-Extend cannot serve {vllm_config.model_config.model}: {reason}")
+    if plan.changes_model and vllm_config.speculative_config is not None:
+        _extend_draft(vllm_config, plan, device)
     if plan.group_size == 1:
         logger.info("Self-Extend is off: %s.", plan.reason)
+        if plan.changes_model:
+            logger.info(
+                "The model's rotary tables are lengthened from %d to %d tokens.",
+                plan.derived_length,
+                plan.max_model_len,
+            )
     else:
-        if vllm_config.speculative_config is not None:
-            _extend_draft(vllm_config, plan, device)
         logger.info(
             "Self-Extend: trained length %d, group size %d, neighbor window %d; %d tokens are served of the %d that "
             "these reach. Prompts within the trained length are answered %s.",

@@ -19,6 +19,7 @@ class ExtensionPlan:
 
     Attributes:
         max_model_len: `N`, the longest sequence to be served, tokens.
+        derived_length: The length that vLLM derives for the checkpoint, tokens; its rotary tables may end there.
         trained_length: `L`, tokens.
         group_size: `G`.
         neighbor_window: `W`, tokens.
@@ -30,6 +31,7 @@ class ExtensionPlan:
     """
 
     max_model_len: int
+    derived_length: int
     trained_length: int
     group_size: int
     neighbor_window: int
@@ -37,6 +39,11 @@ class ExtensionPlan:
     log_scale_len: int
     kernel: str
     reason: str
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether the model cannot be served as vLLM loads it: positions are grouped, or its tables are too short."""
+        return self.group_size > 1 or self.max_model_len > self.derived_length
 
     @property
     def capacity(self) -> int:

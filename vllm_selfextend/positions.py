@@ -4,18 +4,18 @@
 model reads a sequence well while no relative position reaches `L`.
 """
 
+import numbers
 from fractions import Fraction
-from numbers import Integral
 from typing import Any
 
-from .backends.interface import MAX_POSITIONS
+from .backends.limits import MAX_POSITIONS
 
 
 def as_count(value: Any, least: int = 1) -> int | None:
     """`value` as an int if it is an integer, of NumPy too, from `least` to `MAX_POSITIONS`; None if it is not."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= MAX_POSITIONS:
-        return int(value)
-    return None
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        return None
+    return count if least <= (count := int(value)) <= MAX_POSITIONS else None
 
 
 def relative_position(query: int, key: int, group_size: int, neighbor_window: int) -> int:

@@ -18,6 +18,8 @@ from .rotation_probe import angle_error, probe_positions, rotation_rows
 # The longrope module keeps both its tables in one and is not a RotaryEmbeddingBase.
 _VLLM_CLASSES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
 _TABLE_NAMES = ("cos_sin_cache", "cos_sin_cache_bf16", "long_short_cos_sin_cache")
+_TABLE_WORDS = {"cos", "sin", "freqs", "positions"}
+"""One of them is in the name of every such table in vLLM 0.32's and transformers 5's decoders."""
 
 
 def is_vllm_rotary(module: nn.Module) -> bool:
@@ -58,6 +60,30 @@ def lengthen_tables(module: nn.Module, frequencies: Frequencies, length: int) ->
             continue
         more = _attention_scaling(module) * cos_sin(frequencies, rows, length, torch.float64)
         setattr(module, name, torch.cat([table, more.to(table.device, table.dtype)]))
+
+
+def check_other_tables(module: nn.Module, length: int) -> None:
+    """Refuse a module that is none of vLLM's rotary ones, and has a table of rotations with fewer than `length` rows.
+
+    Such are copies that a fused kernel reads, and the tables of some of transformers' older models.
+
+    Raises:
+        ValueError: It has one.
+
+    """
+    tensors = {**dict(module.named_buffers(recurse=False)), **vars(module)}
+    for name, table in tensors.items():
+        if (
+            not isinstance(table, torch.Tensor)
+            or table.dim() < 2
+            or not (table.is_floating_point() or table.is_complex())
+        ):
+            continue
+        if _TABLE_WORDS.intersection(name.split("_")) and table.shape[0] < length:
+            raise ValueError(
+                f"this {type(module).__name__} reads rotations from {name}, a table of its own with {table.shape[0]} "
+                f"rows that cannot be lengthened here, and {length} tokens are to be served."
+            )
 
 
 def transformers_frequencies(module: nn.Module, hf_text_config: Any) -> list[Frequencies]:

@@ -44,14 +44,14 @@ def unsupported_reason(
         must_extend: Whether a model is refused of which no layer sees the whole context. A draft is not.
 
     """
-    if plan.group_size > 1:
+    if plan.changes_model:
         if parallel_config is not None and (reason := _parallel_reason(parallel_config)):
             return reason
         if speculative_config is not None and (reason := _speculative_reason(speculative_config)):
             return reason
         if reason := _model_reason(model_config):
             return reason
-        if must_extend and (reason := _sliding_reason(model_config, plan)):
+        if must_extend and plan.group_size > 1 and (reason := _sliding_reason(model_config, plan)):
             return reason
     # The rest holds for grouped positions and others.
     if model_config.attn_type == "encoder_only" or not getattr(model_config.hf_text_config, "is_causal", True):

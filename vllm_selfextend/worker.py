@@ -21,7 +21,7 @@ class SelfExtendWorker:
         """Load the model, and give its layers their rotations."""
         super().load_model(**kwargs)  # type: ignore[misc]
         check_layers(self.vllm_config)
-        if read_plan(self.vllm_config).group_size > 1:
+        if read_plan(self.vllm_config).changes_model:
             bind_models(self.model_runner, self.vllm_config)
 
     def compile_or_warm_up_model(self) -> Any:

@@ -18,7 +18,7 @@ namespace selfextend {
 constexpr int kPanel = 16;  // columns of a panel
 constexpr int kTile = 128;  // keys whose scores are held at once
 constexpr int kMaxHeadSize = 512;
-constexpr int kMaxPositions = 1 << 30;  // interface.MAX_POSITIONS: two positions and windows add up in an int
+constexpr int kMaxPositions = 1 << 30;  // limits.MAX_POSITIONS: two positions and windows add up in an int
 
 enum class Type : int8_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
 

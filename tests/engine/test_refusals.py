@@ -130,6 +130,15 @@ REFUSED |= {
 }
 
 
+def test_a_length_past_the_checkpoints_needs_a_model_that_can_be_extended_grouped_or_not(tmp_path: Path) -> None:
+    """Its tables have to be lengthened where the user's trained length leaves nothing to group."""
+    config, message = REFUSED["dynamic NTK"]
+    with pytest.raises(ValueError, match=message):
+        configure(tmp_path, config, additional_config={"self_extend": {"trained_length": 512}})
+    plan = read_plan(configure(tmp_path, config, max_model_len=64))
+    assert plan.group_size == 1, "within what vLLM derives, it is served as by stock vLLM"
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_models_that_cannot_work(case: str, tmp_path: Path) -> None:
     config, message = REFUSED[case]

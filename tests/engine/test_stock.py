@@ -10,7 +10,9 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
-from .models import TRAINED_LENGTH, VOCAB_SIZE
+from .comparison import check
+from .models import TRAINED_LENGTH, VOCAB_SIZE, random_prompts
+from .oracle import SelfExtend
 
 NEW_TOKENS = 8
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 55, 56)
@@ -68,6 +70,28 @@ def test_without_the_flag_it_is_stock_vllm(checkpoint: Callable, start_engine: C
 def test_without_the_flag_a_long_max_model_len_is_refused(checkpoint: Callable) -> None:
     with pytest.raises(ValueError, match=r"max_model_len \(4096\) is greater than the derived max_model_len"):
         LLM(checkpoint("llama"), max_model_len=4096, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama"])
+def test_custom_past_the_checkpoints_length_without_grouping(
+    name: str, checkpoint: Callable, start_engine: Callable, oracle: Callable
+) -> None:
+    """A model that was trained on more than its config says: its tables are lengthened, those of its windows too.
+
+    A draft ends where its own checkpoint does.
+    """
+    path, settings = checkpoint(name), {"trained_length": 4 * TRAINED_LENGTH}
+    draft = {"method": "draft_model", "model": checkpoint("llama-mqa"), "num_speculative_tokens": 2}
+    llm = start_engine(
+        path,
+        attention_backend="CUSTOM",
+        max_model_len=4 * TRAINED_LENGTH,
+        additional_config={"self_extend": settings | ({} if name == "gemma3" else {"group_size": 1})},
+        speculative_config=None if name == "gemma3" else draft,
+    )
+    assert llm.llm_engine.vllm_config.additional_config["self_extend"]["group_size"] == 1
+    texts = random_prompts((40, TRAINED_LENGTH, 240), seed=3)
+    check(llm, oracle, path, texts, SelfExtend(group_size=1, neighbor_window=1))
 
 
 def test_custom_within_the_trained_length_is_ordinary_attention(checkpoint: Callable, start_engine: Callable) -> None:

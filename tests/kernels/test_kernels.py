@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends import cpu, reference
-from vllm_selfextend.backends.interface import MAX_POSITIONS, AttentionBatch, AttentionParams, Kernels, Rotation
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from vllm_selfextend.backends.limits import MAX_POSITIONS
 
 from .cases import TOLERANCE, Case, Problem, Step, expected, run
 from .cpu_kernels import KERNELS, CPUKernels

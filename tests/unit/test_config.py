@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_selfextend.backends.interface import MAX_POSITIONS
+from vllm_selfextend.backends.limits import MAX_POSITIONS
 from vllm_selfextend.config import RULE_HIGH, SelfExtendConfig, stray_settings
 from vllm_selfextend.positions import rule_share
 

@@ -6,12 +6,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import (
-    MAX_POSITIONS,
     AttentionBatch,
     AttentionParams,
     Rotation,
     num_rotation_steps,
 )
+from vllm_selfextend.backends.limits import MAX_POSITIONS
 
 GROUPS = st.integers(2, 5000)
 WINDOWS = st.integers(1, 100_000)

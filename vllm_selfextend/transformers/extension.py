@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..backends.interface import MAX_POSITIONS
+from ..backends.limits import MAX_POSITIONS
 from ..plan import ExtensionPlan
 from ..positions import as_count, capacity
 from ..rotary import rope_parameters, uses_alibi
@@ -231,6 +231,7 @@ def _plan(
         )
     return ExtensionPlan(
         max_model_len=capacity(length, group_size, window_size),
+        derived_length=length,
         trained_length=length,
         group_size=group_size,
         neighbor_window=window_size,
