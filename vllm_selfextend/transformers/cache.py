@@ -152,6 +152,6 @@ def swap_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             "SelfExtend.remove(model), or SelfExtend.apply again."
         )
     # There is none in a compiled function, or where a decoder layer does not pass it on: each layer is then on its own.
-    call = kwargs.get(KEYWORD) or Call(layer.extension)
+    call = kwargs.get(KEYWORD) or Call.of(layer.extension, kwargs)
     cache = GroupingCache(kwargs.get(layer.cache_argument), kwargs["attention_mask"], layer, call)
     return args, {**kwargs, layer.cache_argument: cache, KEYWORD: cache}
