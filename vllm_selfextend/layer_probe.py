@@ -1,4 +1,4 @@
-"""What reaches each attention layer when the loaded model runs on a probe. `rotation_probe.py` tells the rotation.
+"""What reaches each attention layer when the loaded model runs on a probe, for `rotation_probe.py` to make sense of.
 
 Every token of the probe enters every decoder layer as the same vector, and no attention layer answers. So what reaches
 a layer's attention depends on a token's position through the layer's rotation alone, whatever the model's code does on
