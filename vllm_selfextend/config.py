@@ -107,7 +107,7 @@ class SelfExtendConfig:
             group_size=group,
             neighbor_window=window,
             exact_short=self.exact_short,
-            log_scale=self.log_scale,
+            log_scale_len=length if self.log_scale else 0,
             kernel=self.kernel,
             reason="; ".join(chosen) or "group size and neighbor window set by the user",
         )

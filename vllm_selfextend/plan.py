@@ -23,7 +23,7 @@ class ExtensionPlan:
         group_size: `G`.
         neighbor_window: `W`, tokens.
         exact_short: Whether queries within the trained length get the unmodified model's attention.
-        log_scale: Whether queries past it are scaled up by the logarithm of their position.
+        log_scale_len: Queries past it are scaled up by the logarithm of their position, tokens; 0 is off.
         kernel: The kernel set; in a plan that was written no longer `"auto"`.
         reason: Why the numbers that the user left open are what they are.
 
@@ -34,7 +34,7 @@ class ExtensionPlan:
     group_size: int
     neighbor_window: int
     exact_short: bool
-    log_scale: bool
+    log_scale_len: int
     kernel: str
     reason: str
 
@@ -55,9 +55,9 @@ class ExtensionPlan:
         return self.trained_length if self.exact_short else 0
 
     @property
-    def log_scale_len(self) -> int:
-        """The length from which queries are scaled up by the logarithm of their position; 0 is off."""
-        return self.trained_length if self.log_scale else 0
+    def log_scale(self) -> bool:
+        """Whether queries are scaled up by the logarithm of their position."""
+        return self.log_scale_len > 0
 
 
 def write_plan(vllm_config: "VllmConfig", plan: ExtensionPlan) -> None:

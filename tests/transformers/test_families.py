@@ -41,10 +41,12 @@ def test_tokens_equal_the_papers(name: str, numbers: str, checkpoint: Callable[[
 def test_log_scaling_is_the_authors(checkpoint: Callable[[str], str]) -> None:
     path = checkpoint("llama")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    SelfExtend.apply(model, 4, 16, False, 40)
+    plan = SelfExtend.apply(model, 4, 16, False, 40)
+    assert (plan.log_scale, plan.log_scale_len) == (True, 40)
     prompts = random_prompts(LENGTHS, seed=1)
     answers, logprobs = greedy(model, prompts, NEW_TOKENS)
     texts = [p + a for p, a in zip(prompts, answers, strict=True)]
     expected = oracle.next_token_logprobs(path, texts, oracle.SelfExtend(4, 16, log_scale_len=40))
     for prompt, got, wanted in zip(prompts, logprobs, expected, strict=True):
         torch.testing.assert_close(got, torch.from_numpy(wanted[len(prompt) - 1 : -1]), atol=2e-4, rtol=0.0)
+    assert SelfExtend.apply(model, 4, 16).log_scale is False

@@ -93,7 +93,8 @@ def test_log_scaling(stand_in: StandIn) -> None:
     model = random_model(FAMILIES["llama"]).double()
     logprobs = []
     for flash in (False, True):
-        SelfExtend.apply(model, 4, 16, flash, 40, trained_length=64)
+        plan = SelfExtend.apply(model, 4, 16, flash, 40, trained_length=64)
+        assert plan.kernel == ("flash_attn" if flash else "reference")
         logprobs.append(greedy(model, PROMPTS, 4)[1])
     torch.testing.assert_close(*logprobs, atol=1e-8, rtol=0.0)
 

@@ -1,8 +1,12 @@
 """What `apply` and `remove` leave behind, and caches that outlive them."""
 
 import copy
+import io
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,6 +138,41 @@ def test_a_copied_cache_goes_on(name: str) -> None:
         torch.testing.assert_close(got, wanted[:, 100:], atol=1e-4, rtol=0.0)
 
 
+def saved_and_loaded(thing: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize(("name", "how"), [("gptj", "deepcopy"), ("gptj", "pickle"), ("llama", "torch.save")])
+def test_copies(name: str, how: str) -> None:
+    """A copy of an extended model and of its cache goes on as they do, and is a model of its own."""
+    model = random_model(FAMILIES[name])
+    copied: Callable[[Any], Any] = COPIES[how]
+    before = logits(model)
+    SelfExtend.apply(model, 4, 16)
+    cache, wanted = DynamicCache(config=model.config), logits(model)
+    logits(model, input_ids=TEXT[:, :100], past_key_values=cache)
+    other, other_cache = copied(model), copied(cache)
+    got = logits(other, input_ids=TEXT[:, 100:], past_key_values=copied(other_cache))
+    torch.testing.assert_close(got, wanted[:, 100:], atol=1e-4, rtol=0.0)
+    assert torch.equal(logits(other), wanted)
+    SelfExtend.remove(other)
+    assert torch.equal(logits(other), before)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in other.modules())
+    with pytest.raises(ValueError, match="filled under Self-Extend with group_size 4, and the model is not"):
+        logits(other, input_ids=TEXT[:, 100:], past_key_values=other_cache)
+    assert torch.equal(logits(model), wanted)
+
+
 def test_another_attention_set_meanwhile_is_refused(model: PreTrainedModel) -> None:
     SelfExtend.apply(model, 4, 16)
     model.set_attn_implementation("sdpa")
@@ -172,20 +211,28 @@ def test_a_padded_batch_in_a_forward_call(model: PreTrainedModel) -> None:
             torch.testing.assert_close(got[row][inputs["attention_mask"][row].bool()], alone, atol=2e-4, rtol=0.0)
 
 
-def test_vllm_is_not_imported() -> None:
+def test_another_process_without_vllm(model: PreTrainedModel, tmp_path: Path) -> None:
+    """It gets an extended model as a pickle, and extends one; vLLM is not imported, nor are we before."""
+    SelfExtend.apply(model, 4, 16)
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     script = """
-import sys
+import pathlib, pickle, sys
 sys.modules["vllm"] = None  # an import would raise
-import vllm_selfextend.transformers as SelfExtend
-from tests.transformers.families import FAMILIES, random_model
 from tests.transformers.prompts import greedy
-model = random_model(FAMILIES["llama"])
+model = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
+prompts = [list(range(5, 120))]
+answer = greedy(model, prompts, 4)[0]
+import vllm_selfextend.transformers as SelfExtend
+SelfExtend.remove(model)
+assert greedy(model, prompts, 4)[0] != answer
 SelfExtend.apply(model, 4, 16)
-greedy(model, [[5, 6, 7]], 2)
-print(sorted(name for name in sys.modules if name.split(".")[0] == "vllm"))
+assert greedy(model, prompts, 4)[0] == answer
+print(answer, sorted(name for name in sys.modules if name.split(".")[0] == "vllm"))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['vllm']"
+    command = [sys.executable, "-c", script, str(tmp_path / "model.pickle")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer, _ = greedy(model, [list(range(5, 120))], 4)
+    assert done.stdout.strip() == f"{answer} ['vllm']"
 
 
 def test_a_model_answers_the_same_after_a_second_application(model: PreTrainedModel) -> None:

@@ -153,7 +153,7 @@ def test_a_call_while_apply_looks_at_the_model(model: PreTrainedModel, other_thr
             calls.append(other_thread.submit(logits, model, TEXTS[0]))
             assert calls[0].exception() is not None
 
-    hook = model.model.embed_tokens.register_forward_hook(call)
+    hook = model.model.layers[0].register_forward_hook(call)
     SelfExtend.apply(model, 4, 16)
     hook.remove()
     with pytest.raises(RuntimeError, match=r"is called while SelfExtend.apply looks at how it rotates"):

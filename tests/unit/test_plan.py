@@ -19,7 +19,7 @@ def test_a_plan_survives_the_way_to_the_workers(length: int, max_model_len: int,
     again = read_plan(pickle.loads(pickle.dumps(vllm_config)))
     assert again == plan
     assert again.exact_len == (plan.trained_length if exact else 0)
-    assert again.log_scale_len == (plan.trained_length if log_scale else 0)
+    assert (again.log_scale, again.log_scale_len) == (log_scale, plan.trained_length if log_scale else 0)
     assert vllm_config.additional_config["other"] == 1
 
 

@@ -40,12 +40,30 @@ class GroupedKeys:
             )
         return super().update(key, value, layer_idx, *args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A pickle names the class that the cache was made of: this one is in no module."""
+        reduced: Any = super().__reduce_ex__(
+            max(protocol, 2)
+        )  # from 2 on: what makes one, of which class, and its state
+        return _new_grouped, (type(self).__bases__[1],), *reduced[2:]
+
 
 COMPILED = "self_extend_group_size"
 """Where a cache that a compiled function fills has the group size, since its class cannot be changed there."""
 
-_grouped_classes: dict[type, type] = {}
+_grouped_classes: dict[type, Any] = {}
 """By the class of the cache."""
+
+
+def _grouped_class(plain: type) -> Any:
+    if plain not in _grouped_classes:
+        _grouped_classes.setdefault(plain, type(f"Grouped{plain.__name__}", (GroupedKeys, plain), {}))
+    return _grouped_classes[plain]
+
+
+def _new_grouped(plain: type) -> Any:
+    """An empty one, for `GroupedKeys.__reduce_ex__`."""
+    return object.__new__(_grouped_class(plain))
 
 
 def _mark(cache: Any, extension: Extension, layer_idx: int) -> None:
@@ -65,8 +83,7 @@ def _mark(cache: Any, extension: Extension, layer_idx: int) -> None:
             "are at other positions. Begin with an empty cache."
         )
     if not isinstance(cache, GroupedKeys):
-        plain = type(cache)
-        cache.__class__ = _grouped_classes.setdefault(plain, type(f"Grouped{plain.__name__}", (GroupedKeys, plain), {}))
+        cache.__class__ = _grouped_class(type(cache))
     cache.grouped_layers, cache.group_size = extension.grouped_layers, group_size
 
 

@@ -19,7 +19,7 @@ from .flash_attention import find_flash_attention
 from .inputs import check_inputs
 from .layer import ATTRIBUTE, MODEL_ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
 from .own_attention import close_attention, open_attention, set_attention
-from .watch import find_rotations
+from .watch import find_rotations, some_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +79,11 @@ def apply(
         raise ValueError(f"Self-Extend cannot be applied to this {type(model).__name__}: {reason}")
     flash_attention = find_flash_attention(flash_attention_impl) if enable_flash_attention else None
     # Every layer is asked again when it attends; embeddings have the type that a quantised model computes in.
-    if flash_attention and (reason := flash_attention.unusable(model.get_input_embeddings().weight)):
+    if flash_attention and (reason := flash_attention.unusable(some_embeddings(model))):
         raise ValueError(reason)
     text = _text_model(model)
-    plan = _plan(text.config, group_size, window_size, trained_length, exact_short, scale_base)
+    kernel = flash_attention_impl if flash_attention else "reference"
+    plan = _plan(text.config, group_size, window_size, trained_length, exact_short, scale_base, kernel)
     remove(model)
     before = text.config._attn_implementation
     try:
@@ -99,7 +100,6 @@ def apply(
         set_attention(text, before)
     extension = Extension(
         plan=plan,
-        scale_base=max(scale_base, 0),
         grouped_layers=frozenset(int(module.layer_idx) for module in rotations),
         implementation=before,
         config=text.config,
@@ -127,7 +127,7 @@ def apply(
         plan.neighbor_window,
         plan.trained_length,
         "exact" if plan.exact_short else "grouped too",
-        f"base {scale_base}" if scale_base > 0 else "off",
+        f"base {plan.log_scale_len}" if plan.log_scale else "off",
         plan.capacity,
     )
     return plan
@@ -208,7 +208,13 @@ def _cache_argument(module: Any) -> str:
 
 
 def _plan(
-    config: Any, group_size: int, window_size: int, trained_length: int | None, exact_short: bool, scale_base: int
+    config: Any,
+    group_size: int,
+    window_size: int,
+    trained_length: int | None,
+    exact_short: bool,
+    scale_base: int,
+    kernel: str,
 ) -> ExtensionPlan:
     for name, value in {"group_size": group_size, "window_size": window_size, "trained_length": trained_length}.items():
         if not _is_integer(value, at_least=1) and not (name == "trained_length" and value is None):
@@ -229,8 +235,8 @@ def _plan(
         group_size=group_size,
         neighbor_window=window_size,
         exact_short=exact_short,
-        log_scale=scale_base == length,
-        kernel="reference",
+        log_scale_len=max(scale_base, 0),
+        kernel=kernel,
         reason="group size and window set by the user",
     )
 

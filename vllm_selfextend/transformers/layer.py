@@ -29,7 +29,6 @@ class Extension:
 
     Attributes:
         plan: The numbers.
-        scale_base: `AttentionParams.log_scale_len`.
         grouped_layers: The indices, in a cache, of the extended layers.
         implementation: The attention that the model had before.
         config: The model's, where the attention that it has now is written.
@@ -40,7 +39,6 @@ class Extension:
     """
 
     plan: ExtensionPlan
-    scale_base: int
     grouped_layers: frozenset[int]
     implementation: str
     config: Any
@@ -119,7 +117,7 @@ class ExtendedLayer:
             group_size=plan.group_size,
             neighbor_window=plan.neighbor_window,
             exact_len=plan.exact_len,
-            log_scale_len=self.extension.scale_base,
+            log_scale_len=plan.log_scale_len,
             soft_cap=soft_cap or 0.0,
             rotation=self.table.reaching(num_keys, device) if plan.group_size > 1 else None,
             sinks=sinks,

@@ -54,7 +54,7 @@ def _watch(
     seen = _seen.get()
     if seen is None:
         raise RuntimeError("the model is called while SelfExtend.apply looks at how it rotates: wait for its return.")
-    seen.append(Seen(module, query.detach(), key.detach(), bool(attention_mask.all())))
+    seen.append(Seen(module, query.detach().cpu(), key.detach().cpu(), bool(attention_mask.all())))
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
 
@@ -82,19 +82,37 @@ AttentionMaskInterface.register(NAME, _watched_mask)
 
 
 @torch.no_grad()
+def some_embeddings(model: Any) -> torch.Tensor:
+    """What a model makes of its first tokens, `[tokens, hidden_size]`, where it computes, in the dtype that it does.
+
+    Raises:
+        ValueError: It has no weights.
+
+    """
+    embeddings = model.get_input_embeddings()
+    weight = embeddings.weight
+    # Of an offloaded weight only the shape is here, on "meta": the module fetches it, and moves its input as well.
+    tokens = torch.arange(min(256, len(weight)), device="cpu" if weight.is_meta else weight.device)
+    embedded: torch.Tensor = embeddings(tokens)
+    if embedded.is_meta:
+        raise ValueError("the model's weights are on the device 'meta', which holds no numbers: load them first.")
+    return embedded
+
+
+@torch.no_grad()
 def watch(model: Any) -> list[Seen]:
     """What each attention module does, in the order of the layers; the model's attention is set to `NAME` after it."""
-    embeddings = model.get_input_embeddings().weight
+    embedded = some_embeddings(model)
     # A padding token may be embedded as zeros, which no rotation turns.
-    token = int(embeddings[:256].float().norm(dim=1).argmax())
+    token = int(embedded.float().norm(dim=1).argmax())
     set_attention(model, NAME)
     by_position: list[list[Seen]] = []
     before = _seen.set(None)
     try:
-        for position in POSITIONS.to(embeddings.device):
+        for position in POSITIONS.to(embedded.device):
             by_position.append([])
             _seen.set(by_position[-1])
-            inputs = torch.full((1, 1), token, device=embeddings.device)
+            inputs = torch.full((1, 1), token, device=embedded.device)
             model(
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -118,8 +136,8 @@ def find_rotations(model: Any) -> dict[Any, Found]:
         ValueError: There is none, or how one rotates cannot be told.
 
     """
-    candidates = _candidates(model)
-    if not candidates:
+    rotary_dim: int = getattr(model.config, "rotary_dim", None) or 0
+    if not _tables(model) and not rotary_dim:
         raise ValueError(NO_ROPE)
     seen = watch(model)
     if not seen:
@@ -127,6 +145,9 @@ def find_rotations(model: Any) -> dict[Any, Found]:
             f"none of {type(model).__name__}'s layers attends through transformers' AttentionInterface, where "
             "Self-Extend takes its place."
         )
+    candidates = [table.detach().float().cpu() for table in _tables(model)]  # offloaded ones are there from now on
+    if not candidates:  # GPT-J has cosines and sines alone
+        candidates = [inverse_frequencies(rope, rotary_dim) for rope in rope_parameters(model.config)]
     found: dict[Any, Found] = {}
     for index, layer in enumerate(seen):
         maker = _maker_of_keys(layer, seen[:index])
@@ -154,14 +175,9 @@ def find_rotations(model: Any) -> dict[Any, Found]:
     return found
 
 
-def _candidates(model: Any) -> list[Frequencies]:
-    """What a model may rotate by."""
-    found = [b.detach().float().cpu() for name, b in model.named_buffers() if name.endswith("inv_freq")]
-    rotary_dim = getattr(model.config, "rotary_dim", None)
-    if found or not rotary_dim:
-        return found
-    # GPT-J has a table alone.
-    return [inverse_frequencies(rope, rotary_dim) for rope in rope_parameters(model.config)]
+def _tables(model: Any) -> list[torch.Tensor]:
+    """The frequencies that a model's rotary modules have."""
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
 
 
 def _maker_of_keys(layer: Seen, before: list[Seen]) -> Seen | None:
