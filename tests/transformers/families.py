@@ -1,5 +1,6 @@
 """Small random models of the families that transformers has, their weights large enough that positions matter."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     reads_more = config.get_text_config() is not config
     auto_class = AutoModelForImageTextToText if reads_more else AutoModelForCausalLM
-    model = auto_class.from_config(config, dtype=torch.float32)
+    # The model would change the config of those after it: an extended one writes its attention there.
+    model = auto_class.from_config(copy.deepcopy(config), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name:

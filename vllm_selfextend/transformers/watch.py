@@ -54,7 +54,7 @@ def _watch(
     seen = _seen.get()
     if seen is None:
         raise RuntimeError("the model is called while SelfExtend.apply looks at how it rotates: wait for its return.")
-    seen.append(Seen(module, query.detach(), key.detach(), bool(attention_mask.all())))
+    seen.append(Seen(module, query.detach().cpu(), key.detach().cpu(), bool(attention_mask.all())))
     return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
 
 
@@ -100,14 +100,9 @@ def some_embeddings(model: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def watch(model: Any, embedded: torch.Tensor) -> list[Seen]:
-    """What each attention module does, in the order of the layers; the model's attention is set to `NAME` after it.
-
-    Args:
-        model: The model.
-        embedded: Its `some_embeddings`.
-
-    """
+def watch(model: Any) -> list[Seen]:
+    """What each attention module does, in the order of the layers; the model's attention is set to `NAME` after it."""
+    embedded = some_embeddings(model)
     # A padding token may be embedded as zeros, which no rotation turns.
     token = int(embedded.float().norm(dim=1).argmax())
     set_attention(model, NAME)
@@ -141,16 +136,18 @@ def find_rotations(model: Any) -> dict[Any, Found]:
         ValueError: There is none, or how one rotates cannot be told.
 
     """
-    embedded = some_embeddings(model)
-    candidates = _candidates(model)
-    if not candidates:
+    rotary_dim: int = getattr(model.config, "rotary_dim", None) or 0
+    if not _tables(model) and not rotary_dim:
         raise ValueError(NO_ROPE)
-    seen = watch(model, embedded)
+    seen = watch(model)
     if not seen:
         raise ValueError(
             f"none of {type(model).__name__}'s layers attends through transformers' AttentionInterface, where "
             "Self-Extend takes its place."
         )
+    candidates = [table.detach().float().cpu() for table in _tables(model)]  # offloaded ones are there from now on
+    if not candidates:  # GPT-J has cosines and sines alone
+        candidates = [inverse_frequencies(rope, rotary_dim) for rope in rope_parameters(model.config)]
     found: dict[Any, Found] = {}
     for index, layer in enumerate(seen):
         maker = _maker_of_keys(layer, seen[:index])
@@ -178,14 +175,9 @@ def find_rotations(model: Any) -> dict[Any, Found]:
     return found
 
 
-def _candidates(model: Any) -> list[Frequencies]:
-    """What a model may rotate by."""
-    found = [b.detach().float().cpu() for name, b in model.named_buffers() if name.endswith("inv_freq")]
-    rotary_dim = getattr(model.config, "rotary_dim", None)
-    if found or not rotary_dim:
-        return found
-    # GPT-J has a table alone.
-    return [inverse_frequencies(rope, rotary_dim) for rope in rope_parameters(model.config)]
+def _tables(model: Any) -> list[torch.Tensor]:
+    """The frequencies that a model's rotary modules have."""
+    return [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
 
 
 def _maker_of_keys(layer: Seen, before: list[Seen]) -> Seen | None:
