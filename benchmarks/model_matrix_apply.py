@@ -24,6 +24,7 @@ def extend(title: str, checkpoint: str, texts: list[list[int]], numbers: tuple[i
         ValueError: `apply` refuses the model.
 
     """
+    torch.set_num_threads(1)  # tiny products, which threads make slower
     task = BY_TITLE[title].task
     config = AutoConfig.from_pretrained(checkpoint)
     model = oracle.model_class(config).from_pretrained(checkpoint, dtype=torch.float32).eval()

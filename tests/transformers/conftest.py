@@ -1,10 +1,20 @@
-"""Checkpoints of random models, written once."""
+"""Checkpoints of random models, written once, and how many threads compute them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from .families import save_family
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are so small that threads make them slower, many times so where processes share the processor."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
