@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import vllm_selfextend.transformers as SelfExtend
+from tests.engine.architectures import BY_TITLE
 from tests.engine.models import random_prompts
 from tests.kernels.flash_stand_in import varlen_func
 from vllm_selfextend.transformers import extension
@@ -75,9 +76,9 @@ def test_generate_and_the_config() -> None:
         assert not model(input_ids=TEXT, output_attentions=False).attentions
 
 
-@pytest.mark.parametrize("name", ["stablelm", "nemotron"])
+@pytest.mark.parametrize("name", ["StableLmForCausalLM", "NemotronForCausalLM"])
 def test_layers_that_are_not_told(name: str) -> None:
-    model = random_model(FAMILIES[name])
+    model = random_model(BY_TITLE[name].config())
     SelfExtend.apply(model, 4, 16)
     with pytest.raises(ValueError, match="does not tell its layers that output_attentions is asked for"):
         attentions(model)
