@@ -6,7 +6,8 @@ the way: it may skip the rotation in some layers, or change queries and keys onc
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -48,8 +49,12 @@ def queries_and_keys(
     return found
 
 
+class UntoldError(ValueError):
+    """What reached a layer's attention says nothing of its rotation: it is not finite, or too small to turn visibly."""
+
+
 def rotation_of(
-    query: torch.Tensor, key: torch.Tensor | None, positions: torch.Tensor, candidates: Iterable[Frequencies]
+    query: torch.Tensor, key: torch.Tensor | None, positions: torch.Tensor, candidates: Sequence[Frequencies]
 ) -> ModelRotation | None:
     """The rotation that explains what reached a layer's attention; None if the layer has none.
 
@@ -63,14 +68,31 @@ def rotation_of(
         candidates: The frequencies that the model is known to rotate by.
 
     Raises:
+        UntoldError: Nothing speaks for one of the candidates, and nothing against it.
         ValueError: None of the candidates explains it.
 
     """
     seen = [_at_equal_length(query)] if key is None else [key, _at_equal_length(query)]
-    for frequencies in (NO_ROTATION, *candidates):
-        found = [matching_rotation(x[:1].transpose(0, 1), x.transpose(0, 1), positions, [frequencies]) for x in seen]
+    # A head with an infinity says nothing, whatever the others' are.
+    seen = [x[:, x.isfinite().all(2).all(0)] for x in seen]
+
+    def matching(x: torch.Tensor, frequencies: Iterable[Frequencies]) -> ModelRotation | None:
+        return matching_rotation(x[:1].transpose(0, 1), x.transpose(0, 1), positions, frequencies)
+
+    still = [matching(x, [NO_ROTATION]) is not None for x in seen]
+    # Vectors that do not move, and would not if they were rotated.
+    told = [not (is_still and matching(x, candidates)) for x, is_still in zip(seen, still, strict=True)]
+    if not any(told):
+        raise UntoldError(
+            "its queries and keys are not finite, or nothing but the rounding of numbers near zero, so how it is "
+            "rotated cannot be told. Load the model in bfloat16 or float32."
+        )
+    if all(itertools.compress(still, told)):
+        return None
+    for frequencies in candidates:
+        found = [matching(x, [frequencies]) for x in itertools.compress(seen, told)]
         if None not in found and len({rotation.interleaved for rotation in found if rotation}) == 1:
-            return None if frequencies is NO_ROTATION else found[0]
+            return found[0]
     raise ValueError(
         "its queries and keys are not what the model's RoPE makes of them. Something changes them once they are "
         "rotated (a norm with weights, for instance), and a key rotated back would give wrong answers."

@@ -30,10 +30,12 @@ def matching_rotation(
         candidates: What the model may rotate by; those of more dimensions than a head has are passed over.
 
     """
-    before, eps = before.to("cpu", torch.float64), torch.finfo(after.dtype).eps
+    before, dtype = before.to("cpu", torch.float64), torch.finfo(after.dtype)
     after = after.to("cpu", torch.float64)
-    # The angles' error, and the rounding of the product, in proportion to what was turned.
-    allowed = 8 * (angle_error(positions) + eps) * before.abs().amax(-1, keepdim=True)
+    # The angles' error, and the rounding of the product, in proportion to what was turned; that of float16's smallest
+    # numbers is not.
+    allowed = 8 * (angle_error(positions) + dtype.eps) * before.abs().amax(-1, keepdim=True)
+    allowed = allowed + 8 * dtype.smallest_normal * dtype.eps
     for frequencies in candidates:
         if 2 * len(frequencies) > before.shape[-1]:
             continue
