@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.models import supports_multimodal
 
@@ -20,7 +21,7 @@ from .backends.interface import Rotation, num_rotation_steps
 from .config import SelfExtendConfig
 from .layer_probe import QueryAndKey, queries_and_keys
 from .plan import read_plan, write_plan
-from .rotary import Frequencies, cos_sin
+from .rotary import cos_sin
 from .rotary_modules import (
     check_other_tables,
     is_vllm_rotary,
@@ -28,7 +29,10 @@ from .rotary_modules import (
     transformers_frequencies,
     vllm_frequencies,
 )
-from .rotation_probe import probe_positions, rotation_of
+from .rotation_probe import ModelRotation, UntoldError, probe_positions, rotation_of
+
+# vLLM's logging is set up for loggers below "vllm".
+logger = init_logger("vllm.self_extend")
 
 
 def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
@@ -96,13 +100,15 @@ def bind_model(
         return  # vLLM asks it for nothing past the length that it was made for
     if layers or must_extend:
         check_model(model, name)
-    known = _known_frequencies(model, model_config, plan.max_model_len)
+    known = _known_rotations(model, model_config, plan.max_model_len)
+    candidates = {one.frequencies.numpy().tobytes(): one.frequencies for several in known.values() for one in several}
     positions = probe_positions(plan.max_model_len)
     probed = _probe(model, layers, positions, model_config, is_draft, model_runner, vllm_config)
     num_steps = num_rotation_steps(plan.max_model_len, plan.group_size, plan.neighbor_window)
     # Not the weights' device: those may be offloaded.
     device = model_runner.device
     tables: dict[bytes, torch.Tensor] = {}
+    untold = []
     for path, layer in layers.items():
         if is_draft and path not in probed:
             layer.impl.bind(plan, None)
@@ -110,7 +116,12 @@ def bind_model(
         with _naming(name, path):
             if path not in probed:
                 raise ValueError("the model does not use this layer, so how it is rotated cannot be told.")
-            rotation = rotation_of(*probed[path], positions, known)
+            try:
+                rotation = rotation_of(*probed[path], positions, list(candidates.values()))
+            except UntoldError:
+                if (rotation := _rotation_nearby(model, path, known)) is None:
+                    raise
+                untold.append(path)
         if rotation is None or isinstance(layer, ChunkedLocalAttention):
             layer.impl.bind(plan, None)
             continue
@@ -118,6 +129,14 @@ def bind_model(
         if key not in tables:
             tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(device)
         layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved))
+    if untold:
+        logger.warning(
+            "How %d of %s's %d layers rotate their queries and keys cannot be told from these, which are not finite or "
+            "vanish (dummy weights?). They are taken to rotate as the rotary modules beside them.",
+            len(untold),
+            name,
+            len(layers),
+        )
     if not tables and must_extend:
         raise ValueError(f"Self-Extend cannot serve {name}: {_nothing_to_extend(layers)}")
 
@@ -161,25 +180,44 @@ def _nothing_to_extend(layers: dict[str, Attention]) -> str:
     )
 
 
-def _known_frequencies(model: Any, model_config: ModelConfig, length: int) -> list[Frequencies]:
-    """The frequencies of all rotary modules, each once and checked; the tables of vLLM's are lengthened, if need be.
+def _rotation_nearby(
+    model: nn.Module, path: str, known: Mapping[nn.Module, list[ModelRotation]]
+) -> ModelRotation | None:
+    """The rotation of the rotary modules that are nearest to a layer; None if there are none, or they differ."""
+    while path:
+        path = path.rpartition(".")[0]
+        nearby = [one for module in model.get_submodule(path).modules() for one in known.get(module, ())]
+        if nearby:
+            first, *others = nearby
+            return first if all(_are_equal(first, other) for other in others) else None
+    return None
+
+
+def _are_equal(one: ModelRotation, other: ModelRotation) -> bool:
+    return one.interleaved == other.interleaved and torch.equal(one.frequencies, other.frequencies)
+
+
+def _known_rotations(model: Any, model_config: ModelConfig, length: int) -> dict[nn.Module, list[ModelRotation]]:
+    """What each rotary module rotates by, checked; the tables of vLLM's are lengthened, if need be.
 
     A vision tower has rotations of its own, of which the text config says nothing.
     """
     config = model_config.hf_text_config
-    found: dict[bytes, Frequencies] = {}
+    found: dict[nn.Module, list[ModelRotation]] = {}
     text_model = model.get_language_model() if supports_multimodal(model) else model
     for path, module in text_model.named_modules():
         with _naming(model_config.model, path):
             if is_vllm_rotary(module):
                 frequencies = vllm_frequencies(module, config)
                 lengthen_tables(module, frequencies, length)
-                several = [frequencies]
+                several = [ModelRotation(frequencies, not getattr(module, "is_neox_style", True))]
             else:
                 check_other_tables(module, length)
-                several = transformers_frequencies(module, config)
-        found.update((frequencies.numpy().tobytes(), frequencies) for frequencies in several)
-    return list(found.values())
+                # Which dimensions make a pair, transformers' modules do not say: most often halves.
+                several = [ModelRotation(one, False) for one in transformers_frequencies(module, config)]
+        if several:
+            found[module] = several
+    return found
 
 
 def _probe(

@@ -14,7 +14,7 @@ Frequencies: TypeAlias = torch.Tensor
 """`[rotary_dim / 2]`, float32 as vLLM and transformers compute them: radians per position."""
 
 
-def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int) -> Frequencies:
+def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int, *, long_factors: bool = True) -> Frequencies:
     """The frequencies of one set of RoPE parameters, `config.rope_parameters` in transformers.
 
     Formulas: `transformers.modeling_rope_utils` (linear: kaiokendev; llama3: Llama 3.1 release; yarn: Peng et al.,
@@ -22,9 +22,10 @@ def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int) -> Frequencies
     frequency 0).
 
     Args:
-        rope: The parameters; `rope_type` is one of `SUPPORTED_ROPE_TYPES`. longrope means its long factors, which vLLM
-            uses for every `max_model_len` past the original length.
+        rope: The parameters; `rope_type` is one of `SUPPORTED_ROPE_TYPES`.
         rotary_dim: How many dimensions of a head are rotated.
+        long_factors: longrope's factors, which vLLM uses for every `max_model_len` past the original length; False is
+            the short ones.
 
     Raises:
         ValueError: The rope type is not supported.
@@ -45,7 +46,7 @@ def inverse_frequencies(rope: Mapping[str, Any], rotary_dim: int) -> Frequencies
         is_rotated = torch.arange(len(plain)) < int(rope.get("partial_rotary_factor", 1.0) * rotary_dim // 2)
         return torch.where(is_rotated, plain, 0.0) / float(rope.get("factor") or 1.0)
     if rope_type == "longrope":
-        return plain / torch.tensor(rope["long_factor"], dtype=torch.float32)
+        return plain / torch.tensor(rope["long_factor" if long_factors else "short_factor"], dtype=torch.float32)
     raise ValueError(unsupported_rope_type(rope_type))
 
 

@@ -34,15 +34,14 @@ def vllm_frequencies(module: nn.Module, hf_text_config: Any) -> Frequencies:
         ValueError: There is none.
 
     """
-    table = _table(module)
-    start = _first_row(module)
+    table = _rows_read(module, _table(module))
     scaling = _attention_scaling(module)
-    positions = probe_positions(table.shape[0] - start)
-    rows = table[start + positions.to(table.device)].to("cpu", torch.float64)
+    positions = probe_positions(len(table))
+    rows = table[positions.to(table.device)].to("cpu", torch.float64)
     # vLLM rounds the table to the model's dtype.
     allowed = angle_error(positions) + 2 * torch.finfo(table.dtype).eps
     for rope in rope_parameters(hf_text_config):
-        frequencies = inverse_frequencies(rope, table.shape[1])
+        frequencies = inverse_frequencies(rope, table.shape[1], long_factors=not _reads_short_factors(module))
         if bool(((rows / scaling - rotation_rows(frequencies, positions)).abs() <= allowed).all()):
             return frequencies
     raise ValueError(_mismatch(module, hf_text_config))
@@ -52,11 +51,11 @@ def lengthen_tables(module: nn.Module, frequencies: Frequencies, length: int) ->
     """Append the rows that positions up to `length - 1` need to the table of one of vLLM's modules.
 
     The table ends at the checkpoint's length (for some RoPE types at a length of its own), and a position past it would
-    be read out of bounds.
+    be read out of bounds. vLLM takes longrope's short factors only where it serves no position past their rows.
     """
-    for name in _TABLE_NAMES:
+    for name in _TABLE_NAMES if not _reads_short_factors(module) else ():
         table = getattr(module, name, None)
-        if table is None or (rows := table.shape[0] - _first_row(module)) >= length:
+        if table is None or (rows := len(_rows_read(module, table))) >= length:
             continue
         more = _attention_scaling(module) * cos_sin(frequencies, rows, length, torch.float64)
         setattr(module, name, torch.cat([table, more.to(table.device, table.dtype)]))
@@ -123,11 +122,21 @@ def _table(module: nn.Module) -> torch.Tensor:
     return next(table for table in tables if isinstance(table, torch.Tensor))
 
 
-def _first_row(module: nn.Module) -> int:
-    """The row of position 0: longrope's table begins with the short factors' rows."""
-    return module.original_max_position_embeddings if isinstance(module, Phi3LongRoPEScaledRotaryEmbedding) else 0
+def _reads_short_factors(module: nn.Module) -> bool:
+    """Whether this is longrope, serving no more than its original length."""
+    return isinstance(module, Phi3LongRoPEScaledRotaryEmbedding) and not module.use_long_rope
+
+
+def _rows_read(module: nn.Module, table: torch.Tensor) -> torch.Tensor:
+    """The rows from position 0 on: longrope's table has the short factors' rows first, then those of the long ones."""
+    if not isinstance(module, Phi3LongRoPEScaledRotaryEmbedding):
+        return table
+    original = module.original_max_position_embeddings
+    return table[original:] if module.use_long_rope else table[:original]
 
 
 def _attention_scaling(module: nn.Module) -> float:
     """What yarn and longrope multiply cosines and sines by."""
-    return float(getattr(module, "mscale", None) or getattr(module, "long_mscale", None) or 1.0)
+    if isinstance(module, Phi3LongRoPEScaledRotaryEmbedding):
+        return float(module.long_mscale if module.use_long_rope else module.short_mscale)
+    return float(getattr(module, "mscale", None) or 1.0)

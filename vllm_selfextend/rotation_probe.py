@@ -1,6 +1,7 @@
 """Which rotation turned these vectors? Told by trying candidates on them; what no candidate explains is not known."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,12 @@ def matching_rotation(
         candidates: What the model may rotate by; those of more dimensions than a head has are passed over.
 
     """
-    before, eps = before.to("cpu", torch.float64), torch.finfo(after.dtype).eps
+    before, dtype = before.to("cpu", torch.float64), torch.finfo(after.dtype)
     after = after.to("cpu", torch.float64)
-    # The angles' error, and the rounding of the product, in proportion to what was turned.
-    allowed = 8 * (angle_error(positions) + eps) * before.abs().amax(-1, keepdim=True)
+    # The angles' error, and the rounding of the product, in proportion to what was turned; that of float16's smallest
+    # numbers is not.
+    allowed = 8 * (angle_error(positions) + dtype.eps) * before.abs().amax(-1, keepdim=True)
+    allowed = allowed + 8 * dtype.smallest_normal * dtype.eps
     for frequencies in candidates:
         if 2 * len(frequencies) > before.shape[-1]:
             continue
@@ -45,8 +48,12 @@ def matching_rotation(
     return None
 
 
+class UntoldError(ValueError):
+    """What reached a layer's attention says nothing of its rotation: it is not finite, or too small to turn visibly."""
+
+
 def rotation_of(
-    query: torch.Tensor, key: torch.Tensor | None, positions: torch.Tensor, candidates: Iterable[Frequencies]
+    query: torch.Tensor, key: torch.Tensor | None, positions: torch.Tensor, candidates: Sequence[Frequencies]
 ) -> ModelRotation | None:
     """The rotation that explains what reached a layer's attention; None if the layer has none.
 
@@ -60,14 +67,31 @@ def rotation_of(
         candidates: The frequencies that the model is known to rotate by.
 
     Raises:
+        UntoldError: Nothing speaks for one of the candidates, and nothing against it.
         ValueError: None of the candidates explains it.
 
     """
     seen = [_at_equal_length(query)] if key is None else [key, _at_equal_length(query)]
-    for frequencies in (NO_ROTATION, *candidates):
-        found = [matching_rotation(x[:1].transpose(0, 1), x.transpose(0, 1), positions, [frequencies]) for x in seen]
+    # A head with an infinity says nothing, whatever the others' are.
+    seen = [x[:, x.isfinite().all(2).all(0)] for x in seen]
+
+    def matching(x: torch.Tensor, frequencies: Iterable[Frequencies]) -> ModelRotation | None:
+        return matching_rotation(x[:1].transpose(0, 1), x.transpose(0, 1), positions, frequencies)
+
+    still = [matching(x, [NO_ROTATION]) is not None for x in seen]
+    # Vectors that do not move, and would not if they were rotated.
+    told = [not (is_still and matching(x, candidates)) for x, is_still in zip(seen, still, strict=True)]
+    if not any(told):
+        raise UntoldError(
+            "its queries and keys are not finite, or nothing but the rounding of numbers near zero, so how it is "
+            "rotated cannot be told. Load the model in bfloat16 or float32."
+        )
+    if all(itertools.compress(still, told)):
+        return None
+    for frequencies in candidates:
+        found = [matching(x, [frequencies]) for x in itertools.compress(seen, told)]
         if None not in found and len({rotation.interleaved for rotation in found if rotation}) == 1:
-            return None if frequencies is NO_ROTATION else found[0]
+            return found[0]
     raise ValueError(
         "its queries and keys are not what the model's RoPE makes of them. Something changes them once they are "
         "rotated (a norm with weights, for instance), and a key rotated back would give wrong answers."

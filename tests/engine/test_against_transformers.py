@@ -62,6 +62,22 @@ def test_tokens_equal_the_papers(title: str, start_engine: Callable, oracle: Cal
     check(llm, oracle, for_oracle, texts, method)
 
 
+def test_longrope_within_its_original_length(
+    checkpoint: Callable, start_engine: Callable, oracle: Callable, tmp_path: Path
+) -> None:
+    """There vLLM takes the short factors, which the oracle is given in place of the long ones."""
+    path = checkpoint("longrope")
+    shutil.copytree(path, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    rope = config["rope_parameters"]
+    rope["long_factor"] = rope["short_factor"]
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    numbers = {"group_size": 4, "neighbor_window": 4, "trained_length": 16}
+    llm = start_engine(path, attention_backend="CUSTOM", max_model_len=32, additional_config={"self_extend": numbers})
+    texts = random_prompts((3, 15, 16, 17, 24), seed=6)
+    check(llm, oracle, str(tmp_path / "short"), texts, SelfExtend(4, 4, 16))
+
+
 def test_prefix_hits_of_a_hybrid(start_engine: Callable, oracle: Callable, tmp_path: Path) -> None:
     """The state of its convolutions comes from the cache as well."""
     architecture = BY_TITLE["Lfm2MoeForCausalLM"]

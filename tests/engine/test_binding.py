@@ -40,6 +40,15 @@ def test_rotations_are_on_the_runners_device_and_a_draft_is_unwrapped(
         assert all(layer.impl.rotation.cos_sin.is_meta for layer in layers)
 
 
+def test_dummy_weights_in_float16(checkpoint: Callable, start_engine: Callable) -> None:
+    """Queries and keys of a few of the smallest numbers: they tell little, and that is no reason to refuse."""
+    llm = start_engine(
+        checkpoint("llama"), attention_backend="CUSTOM", max_model_len=256, load_format="dummy", dtype="float16"
+    )
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    assert [layer.impl.rotation.interleaved for layer in layers] == [False] * 3
+
+
 def test_sinks_and_scales_are_read_where_they_are_stored(checkpoint: Callable, start_engine: Callable) -> None:
     """Not copied: a running engine's weights may be updated in place."""
     llm = start_engine(checkpoint("sinks"), attention_backend="CUSTOM", max_model_len=256, kv_cache_dtype="fp8")

@@ -71,6 +71,14 @@ def test_frequencies_are_transformers(name: str, theta: float) -> None:
     torch.testing.assert_close(inverse_frequencies(parameters, 64), wanted, rtol=1e-6, atol=0.0)
 
 
+def test_longropes_short_factors_are_transformers_within_the_original_length() -> None:
+    rope = {**ROPES["longrope"], "short_factor": [1.0 + 0.1 * n for n in range(32)], "rope_theta": 10000.0}
+    config = LlamaConfig(head_dim=64, max_position_embeddings=131072, rope_parameters=rope)
+    wanted, _ = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu", seq_len=4096)
+    (parameters,) = rope_parameters(config)
+    torch.testing.assert_close(inverse_frequencies(parameters, 64, long_factors=False), wanted, rtol=1e-6, atol=0.0)
+
+
 def test_default_frequencies() -> None:
     wanted = [10000.0 ** (-n / 4) for n in range(4)]
     torch.testing.assert_close(inverse_frequencies({}, 8), torch.tensor(wanted))
