@@ -50,9 +50,9 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)
-@pytest.mark.parametrize("name", ["gemma2", "sinks", "glm4", "llama-mqa"])
+@pytest.mark.parametrize("name", ["gemma2", "sinks", "glm4", "llama-mqa", "gemma3n"])
 def test_models_answer_as_without_it(name: str, numbers: str, stand_in: StandIn) -> None:
-    """Soft cap beside sliding layers, sinks, partial and interleaved rotations; padded, with and without a cache."""
+    """Soft caps, sinks, partial and interleaved rotations, keys of other layers; padded, with and without a cache."""
     group_size, window, exact_short = NUMBERS[numbers]
     model = random_model(FAMILIES[name])
     atol = 2e-4  # gpt-oss's experts have no float64
