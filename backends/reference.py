@@ -195,6 +195,34 @@ def _attend(
 ) -> torch.Tensor:
     """See `attend`."""
     num_heads, num_kv_heads = query.shape[2], key.shape[1]
+    weights = _weights(query, key, query_pos, key_pos, params, hidden)
+    weights = weights.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).flatten(2, 3)
+    answer: torch.Tensor = (weights @ value).unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
+    return answer
+
+
+def attention_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_pos: torch.Tensor,
+    key_pos: torch.Tensor,
+    params: AttentionParams,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `attend` multiplies the values by, all of it at once: `[requests, num_heads, rows, keys]`, like `query`."""
+    dtype = _compute_dtype(query)
+    return _weights(query.to(dtype), key.to(dtype), query_pos, key_pos, params, hidden).to(query.dtype)
+
+
+def _weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_pos: torch.Tensor,
+    key_pos: torch.Tensor,
+    params: AttentionParams,
+    hidden: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `attention_weights`; in the dtype that is computed in."""
     query = log_scaled(query * params.scale, query_pos, params)
     if params.group_size == 1:
         scores = _scores(query, key)
@@ -216,9 +244,7 @@ def _attend(
         weights = scores.softmax(dim=-1)
     if hidden is not None:
         weights = weights.masked_fill(hidden.all(2)[:, None, :, None], 0.0)  # the softmax of nothing is nan
-    weights = weights.unflatten(1, (num_kv_heads, num_heads // num_kv_heads)).flatten(2, 3)
-    answer: torch.Tensor = (weights @ value).unflatten(2, (-1, query.shape[1])).flatten(1, 2).transpose(1, 2)
-    return answer
+    return weights
 
 
 def _is_hidden(query_pos: torch.Tensor, key_pos: torch.Tensor, params: AttentionParams) -> torch.Tensor:

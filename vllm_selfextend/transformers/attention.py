@@ -79,7 +79,7 @@ def attention(
     s_aux: torch.Tensor | None = None,
     self_extend: Call | GroupingCache | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of an extended layer with Self-Extend, of any other as it is.
 
     Args:
@@ -92,11 +92,11 @@ def attention(
         dropout: Must be 0.
         softcap: As in `AttentionParams`.
         s_aux: Attention sinks, as in `AttentionParams`.
-        self_extend: What the keys of an extended layer passed through.
+        self_extend: What the keys of an extended layer passed through; another layer's call of the model.
         kwargs: What else transformers passes.
 
     Returns:
-        `[batch, rows, num_heads, head_size]`, and None for the weights.
+        `[batch, rows, num_heads, head_size]`, and the weights `[batch, num_heads, rows, keys]` if asked for.
 
     Raises:
         ValueError: The layer asks for what this attention, or FlashAttention, does not do.
@@ -115,26 +115,31 @@ def attention(
         raise RuntimeError(
             f"{type(module).__name__} did not hand its keys to the cache; Self-Extend cannot group them."
         )
+    call = self_extend.call if isinstance(self_extend, GroupingCache) else self_extend
+    rows = query.transpose(1, 2)
     if grouping is None:
-        if softcap is None and s_aux is None:
-            num_rows, num_keys = query.shape[2], key.shape[2]
-            if attention_mask is None and 1 < num_rows < num_keys:  # without a mask sdpa takes them for the first keys
-                seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device)
-                attention_mask = seen.tril(num_keys - num_rows)[None, None]
-            out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-            return out, None
-        # A layer with a sliding window: ordinary positions, and what sdpa does not do.
+        # A layer with a sliding window, or without RoPE: ordinary positions.
         params = AttentionParams(scale, soft_cap=softcap or 0.0, sinks=s_aux)
         step = _ordinary_step(attention_mask, query.shape[2], key.shape[2], query.device)
     else:
-        layer, flash_attention = grouping.layer, grouping.layer.extension.flash_attention
-        params = layer.params(key.shape[2], query.device, scale, softcap, s_aux)
+        params = grouping.layer.params(key.shape[2], query.device, scale, softcap, s_aux)
         step = grouping.call.step(attention_mask, query.shape[2], key.shape[2], query.device)
-        if flash_attention is not None:
-            return flash_attention.attend(query, key, value, step, params), None
-    rows = query.transpose(1, 2)
-    out = reference.attend(rows, key, value, step.query_pos, step.key_pos, params, step.hidden, MAX_ELEMENTS)
-    return out, None
+    weights = None
+    kwargs.pop("output_attentions", None)  # sdpa would warn that it gives none
+    if call is not None and call.output_attentions:
+        weights = reference.attention_weights(rows, key, step.query_pos, step.key_pos, params, step.hidden)
+        call.has_attentions = True
+    if grouping is None and softcap is None and s_aux is None:
+        num_rows, num_keys = query.shape[2], key.shape[2]
+        if attention_mask is None and 1 < num_rows < num_keys:  # without a mask sdpa takes them for the first keys
+            seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device)
+            attention_mask = seen.tril(num_keys - num_rows)[None, None]
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    elif grouping is not None and grouping.layer.extension.flash_attention is not None:
+        out = grouping.layer.extension.flash_attention.attend(query, key, value, step, params)
+    else:
+        out = reference.attend(rows, key, value, step.query_pos, step.key_pos, params, step.hidden, MAX_ELEMENTS)
+    return out, weights
 
 
 def _ordinary_step(mask: torch.Tensor | None, num_rows: int, num_keys: int, device: torch.device) -> Step:

@@ -17,10 +17,24 @@ KEYWORD = "self_extend"
 
 @dataclass
 class Call:
-    """One call of an extended model, or of one of its layers."""
+    """One call of an extended model, or of one of its layers.
+
+    Attributes:
+        extension: The model's.
+        output_attentions: Whether the weights of the attention are asked for.
+        has_attentions: Whether a layer has given them.
+
+    """
 
     extension: Extension
+    output_attentions: bool = False
+    has_attentions: bool = False
     _last: tuple[torch.Tensor | None, int, int, Step] | None = None
+
+    @staticmethod
+    def of(extension: Extension, kwargs: dict[str, Any]) -> "Call":
+        """The call of a module that is given these keywords."""
+        return Call(extension, bool(kwargs.get("output_attentions", extension.config.output_attentions)))
 
     def step(self, mask: torch.Tensor | None, num_rows: int, num_keys: int, device: torch.device) -> Step:
         """`Step.of`, worked out once for all layers that get the same mask.
@@ -51,14 +65,25 @@ def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if torch.compiler.is_compiling():
         return args, kwargs
     extension: Extension = getattr(model, MODEL_ATTRIBUTE)
-    extension.threads.add(threading.get_ident())
-    return args, {**kwargs, KEYWORD: Call(extension)} if takes_keywords(model) else kwargs
+    call = extension.calls[threading.get_ident()] = Call.of(extension, kwargs)
+    return args, {**kwargs, KEYWORD: call} if takes_keywords(model) else kwargs
 
 
-def end_call(model: nn.Module, *_: Any) -> None:
-    """A forward hook of the base model, which runs where the call has raised, too."""
-    if not torch.compiler.is_compiling():
-        getattr(model, MODEL_ATTRIBUTE).threads.discard(threading.get_ident())
+def end_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """A forward hook of the base model, which runs where the call has raised, too.
+
+    Raises:
+        ValueError: Weights of the attention were asked for, and no layer was told.
+
+    """
+    if torch.compiler.is_compiling():
+        return
+    call: Call | None = getattr(model, MODEL_ATTRIBUTE).calls.pop(threading.get_ident(), None)
+    if output is not None and call is not None and call.output_attentions and not call.has_attentions:
+        raise ValueError(
+            f"{type(model).__name__} does not tell its layers that output_attentions is asked for, and there would be "
+            "none in its answer. Leave it out."
+        )
 
 
 def takes_keywords(module: nn.Module) -> bool:

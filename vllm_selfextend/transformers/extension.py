@@ -147,7 +147,7 @@ def remove(model: Any) -> None:
     extension: Extension | None = getattr(text.base_model, MODEL_ATTRIBUTE, None)
     if extension is None:
         return
-    if extension.threads - {threading.get_ident()}:
+    if extension.calls.keys() - {threading.get_ident()}:
         raise RuntimeError("the model is answering in another thread: wait for that before its Self-Extend is changed.")
     for hook in extension.hooks:
         hook.remove()

@@ -34,7 +34,7 @@ class Extension:
         config: The model's, where the attention that it has now is written.
         flash_attention: What attends in the extended layers; None: PyTorch.
         hooks: What `remove` takes off.
-        threads: Those in which a call is under way.
+        calls: The `Call` that is under way in a thread, by the thread.
 
     """
 
@@ -44,11 +44,11 @@ class Extension:
     config: Any
     flash_attention: FlashAttention | None = None
     hooks: list[Any] = field(default_factory=list)
-    threads: set[int] = field(default_factory=set)
+    calls: dict[int, Any] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no call under way."""
-        return {**vars(self), "threads": set()}
+        return {**vars(self), "calls": {}}
 
     def too_long(self, length: int) -> str:
         """That a sequence of `length` tokens is longer than the numbers reach, and what to do."""

@@ -47,7 +47,7 @@ class Step:
                 f"the attention mask is {mask.dtype} of shape {list(mask.shape)}; with Self-Extend it must be a 2D "
                 "attention_mask of the tokens (1: a token, 0: padding), from which positions are told."
             )
-        visible = mask[:, 0]
+        visible = mask[:, 0].to(device)  # layers on several devices may be given one mask
         query_pos = (visible.sum(2) - 1).clamp(min=0)
         key_pos = (visible[:, -1].cumsum(1) - 1).clamp(min=0)
         if not torch.compiler.is_compiling() and num_rows > 1 and not _is_causal(visible):
