@@ -425,7 +425,7 @@ def docs(results: list[Result]) -> str:
     """The page from `MARKER` on."""
     counts = Counter(result.status for result in results)
     applied = Counter(result.applied.get("status", "not run") for result in results)
-    in_transformers = ", ".join(f"{count} rows {status}" for status, count in applied.most_common())
+    in_transformers = ", ".join(f"{count} {status}" for status, count in applied.most_common())
     proved = {result.name for result in results if result.status == "proved"}
     unknown, others = without_row()
     vllm_version, hf_version = vllm.__version__.split("+")[0], transformers.__version__
@@ -453,7 +453,7 @@ Version {vllm_selfextend.__version__} of this project: **{len(proved)} architect
 number is in [model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).
 
 The last column is the same checkpoint in transformers, without vLLM, under [`SelfExtend.apply`](transformers.md), held
-against the same implementation, with the same limit: {in_transformers}.
+against the same implementation, with the same limit; of the rows {in_transformers}.
 Prompts are read in one call, without a cache; answers come from `generate`, all prompts at once, padded on the left.
 
 | architecture | families | vLLM | `SelfExtend.apply` |

@@ -10,10 +10,12 @@ from transformers import (
     AutoModelForImageTextToText,
     GPTJConfig,
     GPTNeoXConfig,
+    NemotronConfig,
     Olmo2Config,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    StableLmConfig,
 )
 
 from tests.engine.architectures import BY_TITLE
@@ -45,6 +47,8 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     **CONFIGS,
     "longrope": one_set_of_factors(CONFIGS["longrope"]),
     "gpt-neox": GPTNeoXConfig(**NO_KV_HEADS, rope_parameters=partial_rope(0.25)),
+    "stablelm": StableLmConfig(**NO_HEAD_DIM, rope_parameters=partial_rope(0.25)),
+    "nemotron": NemotronConfig(**SHAPE, rope_parameters=partial_rope(0.5)),
     "olmo2": Olmo2Config(**NO_HEAD_DIM),
     "falcon": BY_TITLE["FalconForCausalLM"].config(),  # attends by itself
     "gptj": gptj(256),  # attends by itself, and has a table

@@ -24,9 +24,9 @@ def attentions(model: PreTrainedModel, **inputs: Any) -> tuple[torch.Tensor, ...
     return model(**{"input_ids": TEXT, "output_attentions": True, **inputs}).attentions
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "sinks"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "sinks", "smollm3", "gptj"])
 def test_where_self_extend_changes_nothing_they_are_eagers(name: str) -> None:
-    """Layers with a sliding window, soft caps and sinks; a padded batch."""
+    """Layers with a sliding window or without RoPE, soft caps and sinks, one that attends by itself; a padded batch."""
     model = random_model(FAMILIES[name])
     model.set_attn_implementation("eager")
     inputs = padded(random_prompts([60, 33], seed=1))

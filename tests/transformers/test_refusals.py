@@ -178,6 +178,14 @@ def test_padding_without_a_mask(extended: PreTrainedModel) -> None:
     extended(input_ids=right)
 
 
+def test_padding_beside_a_text_model() -> None:
+    """The text model is given no tokens: the whole is asked."""
+    model = random_model(FAMILIES["qwen2-vl"])
+    SelfExtend.apply(model, 4, 16)
+    with pytest.raises(ValueError, match=f"padding token {PAD}, and there is no attention mask"):
+        model(input_ids=torch.cat([torch.full((1, 5), PAD), text(20)], 1))
+
+
 def test_positions_that_do_not_count_the_tokens(extended: PreTrainedModel) -> None:
     packed = torch.cat([torch.arange(10), torch.arange(20)])[None]
     with pytest.raises(ValueError, match="position_ids do not go up by one"):

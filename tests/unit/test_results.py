@@ -76,6 +76,22 @@ def test_the_demos_table() -> None:
         assert f"| {length:,} | {' | '.join(cells)} |\n" in text
 
 
+def test_every_architecture_is_proved_or_refused_in_both_hosts() -> None:
+    """Or cannot be run there without us; what is refused says why. None crashes, none differs."""
+    rows = [json.loads(line) for line in (RESULTS / "model_matrix.jsonl").read_text(encoding="utf-8").splitlines()]
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    for row in rows:
+        applied, name = row["applied"], row["name"]
+        assert row["status"] in ("proved", "close", "refused", "not runnable"), name
+        assert applied["status"] in ("proved", "refused", "not runnable"), name
+        assert all(one["reason"] for one in (row, applied) if one["status"] != "proved"), name
+        title = f"{name}, {row['variant']}" if row["variant"] else name
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {title} |")]
+        in_vllm, in_transformers = line.strip("| ").split(" | ")[2:]
+        assert in_vllm.strip("*").startswith(row["status"]), name
+        assert in_transformers.strip("*").startswith(applied["status"]), name
+
+
 def test_the_hour_under_load() -> None:
     text, soak = PAGE.read_text(encoding="utf-8"), kept("soak")
     answered = soak["answer"] + soak["stream"] + soak["broken off"]

@@ -118,7 +118,7 @@ def attention(
     call = self_extend.call if isinstance(self_extend, GroupingCache) else self_extend
     rows = query.transpose(1, 2)
     if grouping is None:
-        # A layer with a sliding window: ordinary positions.
+        # A layer with a sliding window, or without RoPE: ordinary positions.
         params = AttentionParams(scale, soft_cap=softcap or 0.0, sinks=s_aux)
         step = _ordinary_step(attention_mask, query.shape[2], key.shape[2], query.device)
     else:

@@ -1,5 +1,6 @@
 """Keys go into any of transformers' caches turned to their group positions, and a cache knows that they were."""
 
+import threading
 from typing import Any
 
 import torch
@@ -151,7 +152,9 @@ def swap_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"the model's attention was set to {implementation!r} after SelfExtend.apply. Call "
             "SelfExtend.remove(model), or SelfExtend.apply again."
         )
-    # There is none in a compiled function, or where a decoder layer does not pass it on: each layer is then on its own.
-    call = kwargs.get(KEYWORD) or Call.of(layer.extension, kwargs)
+    # There is none in a compiled function, or where a decoder layer does not pass it on: each layer is then on its own,
+    # but for weights that it is asked for by name, as Falcon's and GPT-J's are, which go into the answer of this call.
+    asked_for = kwargs.get("output_attentions") and layer.extension.calls.get(threading.get_ident())
+    call = kwargs.get(KEYWORD) or asked_for or Call.of(layer.extension, kwargs)
     cache = GroupingCache(kwargs.get(layer.cache_argument), kwargs["attention_mask"], layer, call)
     return args, {**kwargs, layer.cache_argument: cache, KEYWORD: cache}

@@ -49,10 +49,10 @@ def set_attention(model: Any, name: str) -> None:
 
 def _attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **kwargs: Any
-) -> torch.Tensor:
-    """Queries, keys and values `[batch, heads, tokens, head_size]` to `[batch, tokens, heads, head_size]`."""
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`[batch, heads, tokens, head_size]` to `[batch, tokens, heads, head_size]`, and the weights if asked for."""
     function = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
-    attended: torch.Tensor = function(module, query, key, value, mask, **kwargs)[0]
+    attended: tuple[torch.Tensor, torch.Tensor | None] = function(module, query, key, value, mask, **kwargs)
     return attended
 
 
@@ -63,14 +63,14 @@ def _falcon(
     layer_past: Any = None,
     position_embeddings: Any = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     heads = module._split_heads(module.query_key_value(hidden_states))
     query, key, value = (one.transpose(1, 2) for one in heads)
     query, key = sys.modules[type(module).__module__].apply_rotary_pos_emb(query, key, *position_embeddings)
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
-    attended = _attend(module, query, key, value, attention_mask, **kwargs)
-    return module.dense(attended.flatten(2)), None
+    attended, weights = _attend(module, query, key, value, attention_mask, **kwargs)
+    return module.dense(attended.flatten(2)), weights
 
 
 class _GPTJ:
@@ -95,12 +95,10 @@ class _GPTJ:
 
     def _attn(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, None]:
-        module = self._module
-        attended = _attend(
-            module, query, key, value, attention_mask, scaling=1.0 / float(module.scale_attn), **self._kwargs
-        )
-        return attended.transpose(1, 2), None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scaling = 1.0 / float(self._module.scale_attn)
+        attended, weights = _attend(self._module, query, key, value, attention_mask, scaling=scaling, **self._kwargs)
+        return attended.transpose(1, 2), weights
 
 
 @functools.lru_cache(maxsize=4)
