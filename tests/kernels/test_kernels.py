@@ -126,13 +126,13 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(cases())
 def test_random_cases_of_the_reference(case: Case) -> None:
     check("reference", case, torch.float32, torch.float64)
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
+@settings(max_examples=2000, derandomize=True)
 @given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_random_cases(case: Case, dtype: torch.dtype) -> None:
     # The reference, proved above, is the faster oracle.

@@ -291,7 +291,7 @@ def test_nan_reaches_the_output() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from([triton, FLASH]))
 def test_random_cases(case: Case, dtype: torch.dtype, kernels: Kernels) -> None:
     problem = Problem.of(case, dtype)

@@ -173,7 +173,7 @@ def steps(draw: st.DrawFn) -> tuple[Step, AttentionParams]:
     return Step.of(visible, rows, length, torch.device("cpu")), params
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(step_and_params=steps(), batch=st.integers(1, 3), seed=st.integers(0, 99))
 def test_any_step_is_the_references(step_and_params: tuple[Step, AttentionParams], batch: int, seed: int) -> None:
     step, params = step_and_params

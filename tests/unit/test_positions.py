@@ -1,4 +1,4 @@
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_selfextend.positions import capacity, relative_position, smallest_group_size
@@ -16,14 +16,12 @@ def reach(trained_length: int, group_size: int, neighbor_window: int) -> int:
     return length
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 12), st.data())
 def test_capacity_is_what_counting_finds(trained_length: int, group_size: int, data: st.DataObject) -> None:
     neighbor_window = data.draw(st.integers(1, trained_length))
     assert capacity(trained_length, group_size, neighbor_window) == reach(trained_length, group_size, neighbor_window)
 
 
-@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 1000), st.data())
 def test_smallest_group_size_is_what_trying_finds(trained_length: int, length: int, data: st.DataObject) -> None:
     neighbor_window = data.draw(st.integers(1, trained_length))
@@ -31,7 +29,6 @@ def test_smallest_group_size_is_what_trying_finds(trained_length: int, length: i
     assert smallest_group_size(trained_length, neighbor_window, length) == next(fitting, None)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(1, 20), st.integers(1, 100))
 def test_positions_are_the_papers(query: int, back: int, group_size: int, neighbor_window: int) -> None:
     key = max(0, query - back)

@@ -30,7 +30,7 @@ def turned(x: torch.Tensor, frequencies: torch.Tensor, interleaved: bool) -> tor
     return rotate(x.transpose(0, 1), rows, Rotation(rotation_rows(frequencies, POSITIONS), interleaved)).transpose(0, 1)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     known=st.integers(0, len(KNOWN) - 1),
     interleaved=st.booleans(),
@@ -51,14 +51,14 @@ def test_a_rotation_is_found(
     assert torch.equal(found.frequencies, KNOWN[known])
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**32))
 def test_no_rotation_is_found(dtype: torch.dtype, seed: int) -> None:
     scales = (1 + 0.1 * POSITIONS.log1p())[:, None, None]
     assert rotation_of((vectors(4, seed) * scales).to(dtype), vectors(2, seed).to(dtype), POSITIONS, KNOWN) is None
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(
     changed=st.sampled_from(["query", "key", "key by position", "other frequencies", "one head", "last dimensions"]),
     seed=st.integers(0, 2**32),
@@ -82,7 +82,7 @@ def test_what_cannot_be_told_is_refused(changed: str, seed: int) -> None:
         rotation_of(query.float(), key.float(), POSITIONS, KNOWN)
 
 
-@settings(deadline=None, derandomize=True)
+@settings(derandomize=True)
 @given(known=st.integers(0, len(KNOWN) - 1), interleaved=st.booleans(), seed=st.integers(0, 2**32))
 def test_a_rotation_is_found_among_float16s_smallest_numbers(known: int, interleaved: bool, seed: int) -> None:
     """What dummy weights make: their rounding is no longer in proportion."""
