@@ -395,7 +395,10 @@ def test_settings_in_another_place_are_warned_about(tmp_path: Path, monkeypatch:
 
 
 def test_a_wrong_rotation_cannot_serve(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotary_modules, "inverse_frequencies", lambda *args: 1.01 * inverse_frequencies(*args))
+    def wrong(*args: Any, **factors: bool) -> torch.Tensor:
+        return 1.01 * inverse_frequencies(*args, **factors)
+
+    monkeypatch.setattr(rotary_modules, "inverse_frequencies", wrong)
     with pytest.raises(ValueError, match=r"rotary_emb: this RotaryEmbedding does not rotate as the RoPE parameters"):
         LLM(checkpoint("llama"), attention_backend="CUSTOM", max_model_len=512, **IN_PROCESS)
 
