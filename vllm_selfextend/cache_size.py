@@ -18,12 +18,17 @@ from vllm.distributed.parallel_state import (
 )
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
+from vllm.utils.math_utils import cdiv
 from vllm.utils.torch_utils import set_default_torch_dtype
-from vllm.v1.core.kv_cache_utils import _max_memory_usage_bytes_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
 from .attention import SelfExtendBackend
+
+try:
+    from vllm.v1.core import kv_cache_planning  # since vLLM 0.33
+except ImportError:
+    from vllm.v1.core import kv_cache_utils as kv_cache_planning
 
 
 @dataclass(frozen=True)
@@ -83,5 +88,10 @@ def cache_size(vllm_config: VllmConfig) -> CacheSize:
         per_token = sum(
             spec.real_page_size_bytes // spec.block_size for spec in specs.values() if isinstance(spec, AttentionSpec)
         )
-        groups = get_kv_cache_groups(vllm_config, specs)
-        return CacheSize(per_token, _max_memory_usage_bytes_from_groups(vllm_config, groups))
+        groups = kv_cache_planning.get_kv_cache_groups(vllm_config, specs)
+        # As in vLLM's get_max_concurrency_for_kv_cache_config: every group takes its blocks out of one pool.
+        num_blocks = sum(
+            cdiv(group.kv_cache_spec.max_memory_usage_bytes(vllm_config), group.kv_cache_spec.page_size_bytes)
+            for group in groups
+        )
+        return CacheSize(per_token, kv_cache_planning._pool_bytes_per_block(vllm_config, groups) * num_blocks)

@@ -107,7 +107,7 @@ def test_a_drafts_module_that_is_not_run_needs_no_rotation(is_draft: bool, monke
     layer = SimpleNamespace(impl=SimpleNamespace(bind=lambda *given: bound.append(given)))
     monkeypatch.setattr(binding, "read_plan", lambda _: plan)
     monkeypatch.setattr(binding, "_attention_layers", lambda _: {"layers.1": layer}.items())
-    monkeypatch.setattr(binding, "_known_frequencies", lambda *_: [])
+    monkeypatch.setattr(binding, "_known_rotations", lambda *_: {})
     monkeypatch.setattr(binding, "_probe", lambda *_: {})
     config = SimpleNamespace(model="a/head", max_model_len=256)
     arguments = Head(), config, SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(use_v2_model_runner=False)
