@@ -39,7 +39,9 @@ def command(texts: list[Path], output: Path) -> list[str]:
     options = ["--max-model-len", "1024", "--length", "512", "--length", "1024", "--depths", "3", "--no-chat"]
     options += [f"--method={method}" for method in METHODS] + [f"--text={path}" for path in texts]
     options += ["--engine-args", '{"dtype": "float32", "max_num_batched_tokens": 512}', "--output", str(output)]
-    script = "from vllm_selfextend.__main__ import main; main()"
+    # As in a terminal: these tests may run in a shell's background, where Ctrl-C is ignored.
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    script += "from vllm_selfextend.__main__ import main; main()"
     return [sys.executable, "-c", script, "evaluate", str(MODEL_DIR), *options]
 
 
