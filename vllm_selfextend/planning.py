@@ -89,8 +89,9 @@ def plan_report(
         why_not = unsupported_reason(plan, model_config, None)
     else:
         arguments = {**engine_args, "model": model, "max_model_len": max_model_len}
-        # A fork of its own has imported everything, and vLLM leaves nothing behind in this process.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        # vLLM leaves nothing behind in this process. A fork has imported everything, and cannot go on with CUDA.
+        method = "spawn" if torch.cuda.is_initialized() else "fork"
+        with ProcessPoolExecutor(1, multiprocessing.get_context(method)) as pool:
             try:
                 size = pool.submit(_start_up, arguments, settings, plan).result()
             except BrokenProcessPool:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.planning import plan_report
 
 from .architectures import BY_TITLE
@@ -28,3 +30,11 @@ def test_plan_says_what_the_engine_keeps(title: str, per_token: int, tmp_path: P
     assert report.kv_bytes_per_token == per_token
     engine = start_engine(checkpoint, attention_backend="CUSTOM", max_model_len=1000, **settings)
     assert cache_bytes(engine) == (report.kv_bytes_per_token, report.kv_bytes_per_sequence)
+
+
+def test_plan_where_cuda_runs_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork could not use it, so there it is a new process, which answers the same."""
+    report = plan_report(str(MODEL_DIR), 1000, {})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert plan_report(str(MODEL_DIR), 1000, {}) == report
+    assert report.supported

@@ -43,9 +43,8 @@ class GroupedKeys:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A pickle names the class that the cache was made of: this one is in no module."""
-        reduced: Any = super().__reduce_ex__(
-            max(protocol, 2)
-        )  # from 2 on: what makes one, of which class, and its state
+        # From protocol 2 on: what makes one, of which class, and its state.
+        reduced: Any = super().__reduce_ex__(max(protocol, 2))
         return _new_grouped, (type(self).__bases__[1],), *reduced[2:]
 
 

@@ -159,20 +159,20 @@ def find_rotations(model: Any) -> dict[Any, Found]:
                 f"{type(layer.module).__name__} attends to keys that another layer has made, and not as that one does "
                 "(a window, or another rotation), so that grouped keys would be wrong for one of them."
             )
-    if not found and all(layer.sees_all for layer in seen):
+    if found:
+        return found
+    if all(layer.sees_all for layer in seen):
         raise ValueError(NO_ROPE)
-    if not found and any(layer.sees_all for layer in seen):
+    if any(layer.sees_all for layer in seen):
         raise ValueError(
             "its layers with RoPE see a part of the context only (a window or a chunk), and those that see all of it "
             "have no RoPE. No position leaves the trained range, so there is nothing to extend: without Self-Extend "
             "the model computes the same."
         )
-    if not found:
-        raise ValueError(
-            "every layer attends to a sliding window, so there is no long attention to extend. Load the model with "
-            "sliding_window=None in its config, and pass the window as trained_length."
-        )
-    return found
+    raise ValueError(
+        "every layer attends to a sliding window, so there is no long attention to extend. Load the model with "
+        "sliding_window=None in its config, and pass the window as trained_length."
+    )
 
 
 def _tables(model: Any) -> list[torch.Tensor]:
