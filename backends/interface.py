@@ -2,18 +2,23 @@
 
 Self-Extend (Jin et al., ICML 2024, arXiv 2401.01325) gives a query at position `i` and a key at position `j`
 
-    the relative position  i - j                               if i - j < W   (neighbor attention)
-                           i // G + W - W // G - j // G        otherwise      (grouped attention)
+    the relative position  i - j                      if i - j < W   (neighbor attention)
+                           g(i) + W - g(W) - g(j)     otherwise      (grouped attention)
 
-with the group size `G` and the neighbor window `W`; one softmax runs over both. Queries and keys reach a kernel already
-rotated at their true positions: `q = R(i) q0`, `k = R(j) k0`. Rotations add, so with `d(p) = p - p // G`
+with the neighbor window `W` and `g(x) = x // G`, `G` the group size; one softmax runs over both. Here `G` is the
+query's: it follows from `i`, by a table, in eighths. With `p = 8 G`, `g(x) = 8 x // p`; a whole `G` gives `x // G`.
 
-    the cache holds         k' = R(-d(j)) k                    (the key at its group position, whoever reads it)
-    grouped score           (R(W - W // G - d(i)) q) . k'
-    neighbor score          q . (R(d(j)) k')
+Queries and keys reach a kernel rotated at their true positions, `q = R(i) q0`, `k = R(j) k0`, and so keys lie in the
+cache: as the model made them, whatever `G`. Rotations add, so with the lag `d(x) = x - g(x)` of the query's `G`
+
+    neighbor score          q . k
+    grouped score           (R(d(W) - d(i)) q) . (R(-d(j)) k)
+
+and a query whose `p` is 8 meets ordinary keys only. A kernel may assume that `p` never falls along a request, and so
+never among the rows that it takes of one; how many sizes those have, `GroupSizes.most_in` says. Each request of a batch
+has its own. With one key more the lag grows by 0 or 1, for any `p` of 8 or more.
 """
 
-import bisect
 import functools
 import math
 from dataclasses import dataclass, field
@@ -21,28 +26,33 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from .limits import MAX_POSITIONS
+from .limits import EIGHTHS, MAX_POSITIONS
 
 Positions = TypeVar("Positions", int, torch.Tensor)
 
 
-def lag(positions: Positions, group_size: int) -> Positions:
-    """`d(p)`: how far a token's group position lags behind its position."""
-    return positions - positions // group_size
+def group_position(positions: Positions, eighths: Positions) -> Positions:
+    """`g(x)`: the grouped position of `x` for a group size of so many eighths."""
+    return EIGHTHS * positions // eighths
 
 
-def num_rotation_steps(num_positions: int, group_size: int, neighbor_window: int) -> int:
-    """How many rows of `Rotation.cos_sin` re-rotating positions below `num_positions` needs.
+def lag(positions: Positions, eighths: Positions) -> Positions:
+    """`d(x)`: how far a token's grouped position lags behind its position."""
+    return positions - group_position(positions, eighths)
 
-    Queries and keys are turned by `d(p)` at most, queries by `W - W // G = d(W)` too; the CPU kernels turn 16 keys
-    after another by up to `d(16)`.
+
+def num_rotation_steps(num_positions: int, largest: int, neighbor_window: int) -> int:
+    """How many rows of `Rotation.cos_sin` turning by group sizes of `largest` eighths or less needs.
+
+    Positions are below `num_positions`. Queries and keys are turned by `d(x)` at most, queries by `d(W)` too; the CPU
+    kernels turn 16 keys after another by up to `d(16)`.
     """
-    return lag(max(num_positions, neighbor_window, 16), group_size) + 1
+    return lag(max(num_positions, neighbor_window, 16), largest) + 1
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """The rotary embedding of a layer, as far as re-rotating needs it.
+    """The rotary embedding of a layer, as far as turning needs it.
 
     Attributes:
         cos_sin: `[num_rotation_steps(...), rotary_dim]`, float32 (float64 for an oracle): row `t` holds the cosines,
@@ -57,18 +67,51 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class GroupSizes:
+    """The group size of the query at each position.
+
+    Attributes:
+        eighths: `[num_positions]`, int32, contiguous, on the queries' device: `8 G`, at least 8, never falling.
+        largest: The last of them.
+        shortest_run: At least so many positions in a row have the same one, but for the first run and the last.
+
+    """
+
+    eighths: torch.Tensor
+    largest: int
+    shortest_run: int
+
+    @staticmethod
+    def of(eighths: torch.Tensor, device: torch.device | str = "cpu") -> "GroupSizes":
+        """What a table `[num_positions]` on the host says, for kernels on `device`.
+
+        Raises:
+            ValueError: It is empty, holds less than 8, or falls.
+
+        """
+        if len(eighths) == 0 or int(eighths[0]) < EIGHTHS or bool((eighths.diff() < 0).any()):
+            raise ValueError(f"a table of group sizes must hold {EIGHTHS} or more eighths for each position, and not fall.")
+        changes = eighths.diff().nonzero()[:, 0]
+        shortest_run = int(changes.diff().min()) if len(changes) > 1 else len(eighths)
+        return GroupSizes(eighths.to(device, torch.int32), int(eighths[-1]), shortest_run)
+
+    def most_in(self, num_rows: int) -> int:
+        """How many group sizes so many queries of a request, one after another, can have."""
+        return (max(num_rows, 1) - 2) // self.shortest_run + 2
+
+
+@dataclass(frozen=True)
 class AttentionParams:
     """What one attention layer computes.
 
     Attributes:
         scale: Multiplies every score.
-        group_size: `G`, at least 1; 1 is ordinary attention.
+        group_sizes: `G` by position; None is ordinary attention.
         neighbor_window: `W`, in tokens, at least 1.
-        exact_len: Queries at positions below it treat every key as a neighbor: the unmodified model. 0 is off.
         log_scale_len: If not 0, queries are multiplied by `max(1, ln(i + 1) / ln(log_scale_len))`.
         soft_cap: If not 0, scores become `soft_cap * tanh(score / soft_cap)`.
         sliding_window: If not 0, a query sees the keys with `i - j < sliding_window` only.
-        rotation: Needed where `group_size` is above 1.
+        rotation: Needed where there are group sizes.
         sinks: `[num_heads]` or None: a logit per head that takes part in the softmax and adds nothing to the output.
         k_scale: One float32, or None for 1: an 8-bit cache holds keys divided by it.
         v_scale: The same of values.
@@ -77,14 +120,13 @@ class AttentionParams:
     Sinks and scales are read in every call, so that weights may change in place.
 
     Raises:
-        ValueError: A number is out of its range.
+        ValueError: A number is out of its range, or the rotation is missing or has too few rows for the group sizes.
 
     """
 
     scale: float
-    group_size: int = 1
+    group_sizes: GroupSizes | None = None
     neighbor_window: int = 1
-    exact_len: int = 0
     log_scale_len: int = 0
     soft_cap: float = 0.0
     sliding_window: int = 0
@@ -106,36 +148,19 @@ class AttentionParams:
         if not 0.0 <= self.soft_cap < math.inf:
             raise ValueError(f"params.soft_cap is {self.soft_cap}; it must be 0 (off), or positive and finite.")
 
-    def required_rotation(self) -> Rotation:
-        """The rotation, for a layer that groups positions.
-
-        Raises:
-            ValueError: It is None.
-
-        """
+        if self.group_sizes is None:
+            return
         if self.rotation is None:
-            raise ValueError(f"group_size is {self.group_size}, and re-rotating needs params.rotation, which is None.")
-        return self.rotation
+            raise ValueError("params.group_sizes is given, and turning needs params.rotation, which is None.")
+        rows, num_positions = self.rotation.cos_sin.shape[0], self.group_sizes.eighths.shape[0]
+        needed = num_rotation_steps(num_positions, self.group_sizes.largest, self.neighbor_window)
+        if rows < needed:
+            raise ValueError(
+                f"params.rotation.cos_sin has {rows} rows; the {num_positions} positions of params.group_sizes need "
+                f"{needed}."
+            )
 
-    @functools.cached_property
-    def num_positions(self) -> int:
-        """How many positions of a sequence the layer can take: as many as the rows of `rotation.cos_sin` reach.
-
-        0 if the rows do not even reach the window's rotation.
-        """
-        if self.group_size == 1:
-            return MAX_POSITIONS
-        num_steps = self.required_rotation().cos_sin.shape[0]
-        # The inverse of `num_rotation_steps`, which grows with the positions.
-        num_reached = bisect.bisect_right(
-            range(MAX_POSITIONS + 1),
-            num_steps,
-            key=lambda num_positions: num_rotation_steps(num_positions, self.group_size, self.neighbor_window),
-        )
-        return max(num_reached - 1, 0)
-
-
-_LEAST = {"group_size": 1, "neighbor_window": 1, "exact_len": 0, "log_scale_len": 0, "sliding_window": 0}
+_LEAST = {"neighbor_window": 1, "log_scale_len": 0, "sliding_window": 0}
 """Counts of positions in `AttentionParams`, and the least that each may be."""
 
 
@@ -249,10 +274,10 @@ class Kernels(Protocol):
         batch: AttentionBatch,
         params: AttentionParams,
     ) -> None:
-        """Put the keys, rotated to their group positions, and the values of the new tokens into the cache.
+        """Put the keys and the values of the new tokens into the cache.
 
         Args:
-            key: `[num_tokens, num_kv_heads, head_size]`, rotated at true positions.
+            key: `[num_tokens, num_kv_heads, head_size]`, as the model rotated it.
             value: `[num_tokens, num_kv_heads, head_size]`.
             kv_cache: Written.
             batch: The step's requests.

@@ -1,14 +1,19 @@
-"""The algebra of Self-Extend's positions: plain integers, no tensors.
+"""The algebra of Self-Extend's positions: the paper's, and the group size that follows the query's position.
 
 `L` is the trained length, `G` the group size, `W` the neighbor window (Jin et al., arXiv 2401.01325, section 3). A
-model reads a sequence well while no relative position reaches `L`.
+model reads a sequence well while no relative position reaches `L`. Group sizes are counted in eighths, `p = 8 G`.
 """
 
 import numbers
-from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .backends.limits import MAX_POSITIONS
+from .backends.limits import EIGHTHS, MAX_POSITIONS
+
+if TYPE_CHECKING:
+    import torch
+
+SIGNIFICANT_BITS = 4
+"""Of an automatic group size, in eighths: steps of 1/8 up to 2, of 1/4 up to 4, and so on, eight to each doubling."""
 
 
 def as_count(value: Any, least: int = 1) -> int | None:
@@ -18,26 +23,59 @@ def as_count(value: Any, least: int = 1) -> int | None:
     return count if least <= (count := int(value)) <= MAX_POSITIONS else None
 
 
-def relative_position(query: int, key: int, group_size: int, neighbor_window: int) -> int:
-    """The relative position that the query at position `query` gives the key at position `key <= query`."""
+def relative_position(query: int, key: int, eighths: int, neighbor_window: int) -> int:
+    """The relative position that the query at `query`, of group size `eighths / 8`, gives the key at `key <= query`."""
     if query - key < neighbor_window:
         return query - key
-    return query // group_size + neighbor_window - neighbor_window // group_size - key // group_size
+    grouped_query, grouped_window, grouped_key = (EIGHTHS * x // eighths for x in (query, neighbor_window, key))
+    return grouped_query + neighbor_window - grouped_window - grouped_key
+
+
+def largest_auto_window(trained_length: int) -> int:
+    """The largest neighbor window with which group sizes may be automatic: it leaves a quarter of `L` to far keys."""
+    return trained_length - 1 - -(-trained_length // 4)
+
+
+def group_sizes(
+    num_positions: int, trained_length: int, neighbor_window: int, group_size: int | None, exact_len: int
+) -> "torch.Tensor":
+    """The group size of the query at each position, in eighths: `[num_positions]`, int32, never falling.
+
+    Args:
+        num_positions: How many positions.
+        trained_length: `L`.
+        neighbor_window: `W`; with an automatic group size at most `largest_auto_window`.
+        group_size: `G` for all positions from `exact_len` on; None for the automatic one: the least at which no
+            relative position reaches `L`, rounded up to `SIGNIFICANT_BITS`.
+        exact_len: Positions below it have group size 1: the unmodified model.
+
+    `p S >= 8 (i - W)` with `S = L - W - 1` keeps the relative positions of `i` below `L`, since `floor(a) - floor(b) <=
+    ceil(a - b)`.
+
+    """
+    import torch  # for whoever calls it: the module is read where torch has not been loaded
+
+    positions = torch.arange(num_positions)
+    if group_size is not None:
+        eighths = torch.full_like(positions, EIGHTHS * group_size)
+    else:
+        reach = trained_length - neighbor_window - 1
+        eighths = -(-EIGHTHS * (positions - neighbor_window) // reach)
+        eighths = eighths.clamp(min=EIGHTHS + 1)
+        # frexp says how many bits they have.
+        dropped = (torch.frexp(eighths.double()).exponent.long() - SIGNIFICANT_BITS).clamp(min=0)
+        eighths = -(-eighths >> dropped) << dropped
+    eighths[:exact_len] = EIGHTHS
+    return eighths.int()
 
 
 def capacity(trained_length: int, group_size: int, neighbor_window: int) -> int:
-    """The longest sequence, in tokens, whose relative positions stay below `trained_length`.
+    """The longest sequence, in tokens, whose relative positions stay below `trained_length` with one group size.
 
     `(L - W) * G + W` where `G` divides `W`. Needs `neighbor_window <= trained_length`.
     """
     grouped = (trained_length - neighbor_window + neighbor_window // group_size) * group_size
     return max(grouped, neighbor_window)
-
-
-def rule_share(trained_length: int, group_size: int, neighbor_window: int, length: int) -> Fraction:
-    """`(W + (N - W) / G) / L`, exactly: the authors find good answers below about 1/2 to 2/3."""
-    beyond = max(0, length - neighbor_window)
-    return (neighbor_window + Fraction(beyond, group_size)) / trained_length
 
 
 def smallest_group_size(trained_length: int, neighbor_window: int, length: int) -> int | None:
