@@ -7,16 +7,18 @@ float32. Whole-tensor operations; a step's memory is bounded by `MAX_ELEMENTS`.
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 
 from .interface import AttentionBatch, AttentionParams, Rotation, lag
+from .limits import EIGHTHS
 
 MAX_ELEMENTS = 1 << 20
 """How many scores, or gathered cache values, are held at once (a single query's are always)."""
 
 IS_CAPTURABLE = False
-CACHE_LAYOUT = "reference-1"
+CACHE_LAYOUT = "reference-2"
 VARIANT = "PyTorch"
 """See `interface.Kernels`."""
 
@@ -56,9 +58,6 @@ def store_kv(
 ) -> None:
     """See `interface.Kernels.store_kv`."""
     block_size, head_size = kv_cache.shape[2], key.shape[2]
-    if params.group_size > 1:
-        steps = lag(batch.positions, params.group_size)
-        key = rotate(key.to(_compute_dtype(key)), -steps[:, None], params.required_rotation())
     stored = batch.slot_mapping >= 0
     slots = batch.slot_mapping[stored]
     block, offset = slots // block_size, slots % block_size
@@ -153,19 +152,20 @@ def attend(
     """Attention over keys and values at hand, rows of queries at a time.
 
     Positions count the keys that a request has; a constant added to the positions that queries and keys were rotated
-    at does not matter. While torch compiles, nothing is decided by values, and all keys are turned back at every call.
+    at does not matter. While torch compiles, nothing is decided by values, and all keys are turned for every group size
+    that the queries can have.
 
     Args:
         query: `[requests, rows, num_heads, head_size]`, rotated at true positions.
-        key: `[requests, num_kv_heads, keys, head_size]`, at group positions, as in a cache.
+        key: `[requests, num_kv_heads, keys, head_size]`, rotated at true positions.
         value: `[requests, num_kv_heads, keys, head_size]`, finite where hidden too.
         query_pos: `[requests or 1, rows]`, not decreasing.
         key_pos: `[requests or 1, keys]`, not decreasing.
         params: The layer.
         hidden: `[requests or 1, rows, keys]`, bool: what a query does not see, the keys after it among them. None: the
             keys after it, and outside of `params.sliding_window`; the queries are then the last keys' tokens.
-        max_elements: How many scores are held at once (a single query's are always). Every time anew, the neighbors of
-            those queries are turned back.
+        max_elements: How many scores are held at once (a single query's are always). Every time anew, the grouped keys
+            of those queries are turned.
 
     Returns:
         Like `query`; zeros for a query that sees nothing.
@@ -224,7 +224,7 @@ def _weights(
 ) -> torch.Tensor:
     """See `attention_weights`; in the dtype that is computed in."""
     query = log_scaled(query * params.scale, query_pos, params)
-    if params.group_size == 1:
+    if params.group_sizes is None:
         scores = _scores(query, key)
     else:
         scores = _self_extend_scores(query, key, query_pos, key_pos, params)
@@ -271,21 +271,43 @@ def _self_extend_scores(
     params: AttentionParams,
 ) -> torch.Tensor:
     """Scores `[requests, num_heads, rows, keys]`, each by its neighbor or its grouped relative position."""
-    group, window, rotation = params.group_size, params.neighbor_window, params.required_rotation()
-    exact = query_pos < params.exact_len
-    is_compiling = torch.compiler.is_compiling()
-    # Keys before this column are no query's neighbors.
-    column = 0
-    if is_compiling or not bool(exact.any()):
-        column = _count_until(query_pos.amin(1) - window, key_pos)
-    near, near_pos = key[:, :, column:], key_pos[:, column:]
-    neighbor = _scores(query, rotate(near, lag(near_pos, group)[:, None], rotation))
-    is_neighbor = (query_pos[:, :, None] - near_pos[:, None] < window) | exact[:, :, None]
-    if column == 0 and not is_compiling and bool(is_neighbor.all()):
-        return neighbor
-    scores = _scores(at_group_position(query, query_pos, params), key)
-    scores[..., column:] = torch.where(is_neighbor[:, None], neighbor, scores[..., column:])
+    sizes, window, rotation = params.group_sizes, params.neighbor_window, params.rotation
+    assert sizes is not None
+    assert rotation is not None
+    eighths = sizes.eighths[query_pos]
+    grouped = eighths > EIGHTHS
+    # Keys before `column` are no query's neighbors, those from `stop` on are no query's grouped keys.
+    column, stop = 0, key.shape[2]
+    if not torch.compiler.is_compiling():
+        column = _count_until(query_pos.amin(1) - window, key_pos) if bool(grouped.all()) else 0
+        last = torch.where(grouped, query_pos, -1).amax(1) - window
+        stop = int((key_pos <= last[:, None]).sum(1).max())
+    scores = torch.nn.functional.pad(_scores(query, key[:, :, column:]), (column, 0))
+    if stop == 0:
+        return scores
+    query_steps = lag(torch.full_like(eighths, window), eighths) - lag(query_pos, eighths)
+    far_query = rotate(query, query_steps[..., None], rotation)
+    far_pos = key_pos[:, :stop]
+    is_far = grouped[:, :, None] & (query_pos[:, :, None] - far_pos[:, None] >= window)
+    for one in _each_of(eighths, sizes.most_in(query.shape[1])):
+        far = _scores(far_query, rotate(key[:, :, :stop], -lag(far_pos, one)[:, None], rotation))
+        takes = is_far & (eighths == one)[:, :, None]
+        scores[..., :stop] = torch.where(takes[:, None], far, scores[..., :stop])
     return scores
+
+
+def _each_of(eighths: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
+    """The group sizes above 1 of each request's queries `[requests, rows]`, `most` at most, rising: `[requests, 1]`.
+
+    A request that has fewer than others has its largest again.
+    """
+    largest = eighths.amax(1, keepdim=True)
+    one = torch.full_like(largest, EIGHTHS)
+    for _ in range(most):
+        one = torch.where(eighths > one, eighths, largest).amin(1, keepdim=True)
+        yield one
+        if not torch.compiler.is_compiling() and bool((one == largest).all()):
+            return
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -302,13 +324,6 @@ def log_scaled(query: torch.Tensor, query_pos: torch.Tensor, params: AttentionPa
         return query
     factor = (query_pos + 1).to(query.dtype).log() / math.log(params.log_scale_len)
     return query * factor.clamp(min=1.0)[..., None, None]
-
-
-def at_group_position(query: torch.Tensor, query_pos: torch.Tensor, params: AttentionParams) -> torch.Tensor:
-    """Queries `[..., num_heads, head_size]`, turned from `query_pos` `[...]` to where they meet grouped keys."""
-    window, group_size = params.neighbor_window, params.group_size
-    steps = window - window // group_size - lag(query_pos, group_size)
-    return rotate(query, steps[..., None], params.required_rotation())
 
 
 def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Tensor:

@@ -36,12 +36,26 @@ LOCAL_ATTENTION = ("sliding_attention", "chunked_attention")
 
 @dataclass(frozen=True)
 class SelfExtend:
-    """The paper's numbers; `exact_len` and `log_scale_len` as the project defines them, `group_size=1` no grouping."""
+    """The paper's numbers; `exact_len` and `log_scale_len` as the project defines them, `group_size=1` no grouping.
 
-    group_size: int
+    With `group_size` None it follows the query's position, and `exact_len` is the trained length.
+    """
+
+    group_size: int | None
     neighbor_window: int
     exact_len: int = 0
     log_scale_len: int = 0
+
+    def eighths(self, position: int) -> int:
+        """Eight times the group size of the query at a position."""
+        if position < self.exact_len:
+            return 8
+        if self.group_size is not None:
+            return 8 * self.group_size
+        needed = math.ceil(8 * (position - self.neighbor_window) / (self.exact_len - self.neighbor_window - 1))
+        return next(
+            mantissa << shift for shift in range(60) for mantissa in range(9, 17) if mantissa << shift >= needed
+        )
 
 
 def next_token_logprobs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[np.ndarray]:
@@ -213,12 +227,14 @@ class _Oracle:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         scores = _scores(query, key, scaling)
         if self.extends(module, sliding_window):
-            group, window = method.group_size, method.neighbor_window
-            grouped_query, _ = self._again("queries", position // group + window - window // group)
-            _, grouped_key = self._again("keys", position // group)
+            window = method.neighbor_window
+            size = torch.tensor([method.eighths(one) for one in position.tolist()])
+            grouped_query, _ = self._again("queries", 8 * position // size + window - 8 * window // size)
             is_neighbor = position[:, None] - position < window
-            is_neighbor |= (position < method.exact_len)[:, None]
-            scores = torch.where(is_neighbor, scores, _scores(grouped_query, grouped_key, scaling))
+            for one in size[size > 8].unique():
+                _, grouped_key = self._again(f"keys at {one}", 8 * position // one)
+                is_grouped = ~is_neighbor & (size == one)[:, None]
+                scores = torch.where(is_grouped, _scores(grouped_query, grouped_key, scaling), scores)
             if method.log_scale_len:
                 scores = scores * ((position + 1).log() / math.log(method.log_scale_len)).clamp(min=1.0)[:, None]
         if softcap:

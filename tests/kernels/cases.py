@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation, num_rotation_steps
+from vllm_selfextend.backends.interface import (
+    AttentionBatch,
+    AttentionParams,
+    GroupSizes,
+    Kernels,
+    Rotation,
+    num_rotation_steps,
+)
+from vllm_selfextend.positions import group_sizes
 from vllm_selfextend.rotary import cos_sin
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
@@ -25,6 +33,7 @@ VLLM_BATCHES = {
 VLLM_VARIANTS: dict[str, dict[str, Any]] = {
     "G 8, W 1024": {"group_size": 8, "neighbor_window": 1024, "exact_len": 2048},
     "G 5, W 180, soft cap, sinks": {"group_size": 5, "neighbor_window": 180, "soft_cap": 50.0, "has_sinks": True},
+    "automatic, L 1024": {"group_size": None, "exact_len": 1024, "neighbor_window": 256},
     "ordinary, sliding window": {"group_size": 1, "sliding_window": 256},
 }
 """Layers for such lengths."""
@@ -32,14 +41,17 @@ VLLM_VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """An attention problem; `requests` holds `(query_len, seq_len)` of each request."""
+    """An attention problem; `requests` holds `(query_len, seq_len)` of each request.
+
+    With `group_size` None group sizes follow the position, and `exact_len` is the trained length; 1 is no grouping.
+    """
 
     requests: tuple[tuple[int, int], ...]
     num_heads: int = 4
     num_kv_heads: int = 2
     head_size: int = 32
     block_size: int = 16
-    group_size: int = 4
+    group_size: int | None = 4
     neighbor_window: int = 16
     exact_len: int = 0
     log_scale_len: int = 0
@@ -56,24 +68,24 @@ class Case:
         """`[rotary_dim / 2]`."""
         return self.base ** (-torch.arange(0, self.rotary_dim, 2, dtype=torch.float32) / self.rotary_dim)
 
-    @property
-    def num_steps(self) -> int:
-        """Rows of the re-rotation table."""
+    def group_sizes(self) -> torch.Tensor:
+        """In eighths, of every position of the longest request."""
         longest = max(seq_len for _, seq_len in self.requests)
-        return num_rotation_steps(longest, self.group_size, self.neighbor_window)
+        return group_sizes(longest, self.exact_len, self.neighbor_window, self.group_size, self.exact_len)
 
     def params(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AttentionParams:
-        """The layer, with a re-rotation table of `dtype`."""
+        """The layer, with a table of cosines and sines of `dtype`."""
+        sizes = None if self.group_size == 1 else GroupSizes.of(self.group_sizes(), device)
+        steps = sizes and num_rotation_steps(len(sizes.eighths), sizes.largest, self.neighbor_window)
         sinks = torch.randn(self.num_heads, generator=_generator(self, 1), dtype=torch.float64)
         return AttentionParams(
             scale=self.head_size**-0.5,
-            group_size=self.group_size,
+            group_sizes=sizes,
             neighbor_window=self.neighbor_window,
-            exact_len=self.exact_len,
             log_scale_len=self.log_scale_len,
             soft_cap=self.soft_cap,
             sliding_window=self.sliding_window,
-            rotation=Rotation(cos_sin(self.frequencies(), 0, self.num_steps, dtype).to(device), self.interleaved),
+            rotation=steps and Rotation(cos_sin(self.frequencies(), 0, steps, dtype).to(device), self.interleaved),
             sinks=sinks.to(device, dtype) if self.has_sinks else None,
             k_scale=torch.tensor(self.kv_scales[0], device=device),
             v_scale=torch.tensor(self.kv_scales[1], device=device),
@@ -143,8 +155,9 @@ def rotate(case: Case, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
 
 
 def expected(problem: Problem) -> torch.Tensor:
-    """The paper's answer, `[num_tokens, num_heads, head_size]` in float64: no cache, no batch, no re-rotation."""
+    """The paper's answer, `[num_tokens, num_heads, head_size]` in float64: no cache, no batch, nothing turned twice."""
     case, answers = problem.case, []
+    sizes, window = case.group_sizes().to(problem.device).long(), case.neighbor_window
     sinks = case.params(torch.float64, problem.device).sinks
     repeats = case.num_heads // case.num_kv_heads
     for (query_len, seq_len), query, key, value in zip(
@@ -154,9 +167,9 @@ def expected(problem: Problem) -> torch.Tensor:
         j = torch.arange(seq_len, device=problem.device)
         # A few queries at a time: every query is rotated anew for every key.
         for i in torch.arange(seq_len - query_len, seq_len, device=problem.device)[:, None].split(16):
-            grouped = i // case.group_size + case.neighbor_window - case.neighbor_window // case.group_size
-            near = (i - j < case.neighbor_window) | (i < case.exact_len)
-            relative = torch.where(near, i - j, grouped - j // case.group_size)
+            p = sizes[i]
+            near = (i - j < window) | (i < case.exact_len)
+            relative = torch.where(near, i - j, 8 * i // p + window - 8 * window // p - 8 * j // p)
             pairs = query[i].expand(-1, seq_len, -1, -1).flatten(0, 1)
             turned = rotate(case, pairs, relative.flatten()).unflatten(0, relative.shape)
             scores = (turned * key).sum(-1) * case.head_size**-0.5

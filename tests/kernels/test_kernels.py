@@ -35,6 +35,8 @@ VARIANTS = {
     "window past all": {"neighbor_window": 300},
     "group past window": {"group_size": 64, "neighbor_window": 16},
     "exact": {"exact_len": 64},
+    "automatic": {"group_size": None, "exact_len": 64},
+    "automatic, a size for few tokens": {"group_size": None, "exact_len": 24, "neighbor_window": 5},
     "log scale": {"log_scale_len": 64},
     "soft cap": {"soft_cap": 2.0},
     "sliding": {"group_size": 1, "sliding_window": 40},
@@ -42,7 +44,8 @@ VARIANTS = {
     "partial rotary": {"rotary_dim": 12},
     "interleaved": {"interleaved": True, "rotary_dim": 20},
     "everything": {
-        "exact_len": 64,
+        "group_size": None,
+        "exact_len": 48,
         "log_scale_len": 64,
         "soft_cap": 2.0,
         "has_sinks": True,
