@@ -314,7 +314,7 @@ def tune(
         from .evaluation.methods import read_checkpoint
         from .evaluation.screen import Stopped, trying
         from .evaluation.tables import distance_from_auto, numbers_table
-        from .evaluation.tuning import Search, check_differs, group_sizes_of, try_numbers, write_search
+        from .evaluation.tuning import Numbers, Search, check_differs, group_sizes_of, try_numbers, write_search
         from .evaluation.user_prompts import UserTask, read_prompts
 
         arguments = {**_engine_args(engine_args, OWN_ARGUMENTS), "enforce_eager": True}
@@ -342,7 +342,7 @@ def tune(
             trying(session.stderr, 60 * budget) as show,
         ):
 
-            def costs_of(numbers: tuple[int, int]) -> list[float]:
+            def costs_of(numbers: Numbers) -> list[float]:
                 show(f"{len(search.costs)} tried, now G {numbers[0]}, W {numbers[1]}")
                 return try_numbers(llm, numbers, asked, put, report.trained_length)
 

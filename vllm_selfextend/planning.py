@@ -20,8 +20,8 @@ from .cache_size import CacheSize, cache_size, make_model
 from .config import SelfExtendConfig
 from .engine_args import widened_length_check
 from .plan import CONFIG_KEY, ExtensionPlan
-from .positions import GroupSize
 from .plugin import incompatibility, kept_out
+from .positions import GroupSize
 from .support import unsupported_reason
 from .worker import check_layers
 

@@ -76,7 +76,10 @@ class Case:
     def params(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AttentionParams:
         """The layer, with a table of cosines and sines of `dtype`."""
         sizes = None if self.group_size == 1 else GroupSizes.of(self.group_sizes(), device)
-        steps = sizes and num_rotation_steps(len(sizes.eighths), sizes.largest, self.neighbor_window)
+        rotation = None
+        if sizes is not None:
+            steps = num_rotation_steps(len(sizes.eighths), sizes.largest, self.neighbor_window)
+            rotation = Rotation(cos_sin(self.frequencies(), 0, steps, dtype).to(device), self.interleaved)
         sinks = torch.randn(self.num_heads, generator=_generator(self, 1), dtype=torch.float64)
         return AttentionParams(
             scale=self.head_size**-0.5,
@@ -85,7 +88,7 @@ class Case:
             log_scale_len=self.log_scale_len,
             soft_cap=self.soft_cap,
             sliding_window=self.sliding_window,
-            rotation=steps and Rotation(cos_sin(self.frequencies(), 0, steps, dtype).to(device), self.interleaved),
+            rotation=rotation,
             sinks=sinks.to(device, dtype) if self.has_sinks else None,
             k_scale=torch.tensor(self.kv_scales[0], device=device),
             v_scale=torch.tensor(self.kv_scales[1], device=device),

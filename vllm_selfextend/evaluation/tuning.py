@@ -27,6 +27,7 @@ def group_sizes_of(costs: Iterable[Numbers]) -> list[GroupSize]:
     """The group sizes of cells, "auto" first."""
     return sorted({group_size for group_size, _ in costs}, key=lambda one: 0 if one == "auto" else one)
 
+
 WINDOW_SHARES = (1 / 16, 1 / 4, 1 / 2)
 """Of the trained length: the windows of the coarse grid."""
 GROUP_FACTORS = (1.0, 1.5, 2.5)
