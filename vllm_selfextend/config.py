@@ -182,4 +182,4 @@ def _too_long(plan: ExtensionPlan, reach: int) -> str:
     group = smallest_group_size(plan.trained_length, plan.neighbor_window, plan.max_model_len)
     if group is None:
         return message + f"No group size is enough with this window: set neighbor_window below {plan.trained_length}."
-    return message + f"Leave group_size out, set it to {group} or more, or max_model_len to at most {reach}."
+    return message + f"Set group_size to {group} or more or leave it out, or max_model_len to at most {reach}."
