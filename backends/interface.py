@@ -90,7 +90,9 @@ class GroupSizes:
 
         """
         if len(eighths) == 0 or int(eighths[0]) < EIGHTHS or bool((eighths.diff() < 0).any()):
-            raise ValueError(f"a table of group sizes must hold {EIGHTHS} or more eighths for each position, and not fall.")
+            raise ValueError(
+                f"a table of group sizes must hold {EIGHTHS} or more eighths for each position, and not fall."
+            )
         changes = eighths.diff().nonzero()[:, 0]
         shortest_run = int(changes.diff().min()) if len(changes) > 1 else len(eighths)
         return GroupSizes(eighths.to(device, torch.int32), int(eighths[-1]), shortest_run)
@@ -159,6 +161,7 @@ class AttentionParams:
                 f"params.rotation.cos_sin has {rows} rows; the {num_positions} positions of params.group_sizes need "
                 f"{needed}."
             )
+
 
 _LEAST = {"neighbor_window": 1, "log_scale_len": 0, "sliding_window": 0}
 """Counts of positions in `AttentionParams`, and the least that each may be."""

@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from .backends import load_kernels
-from .backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from .backends.interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, Rotation
 from .backends.limits import MAX_POSITIONS
 from .plan import ExtensionPlan, read_plan
 
@@ -163,17 +163,19 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.plan = read_plan(get_current_vllm_config())
         self.kernels: Kernels = load_kernels(self.plan.kernel)
         self.rotation: Rotation | None = None
+        self.group_sizes: GroupSizes | None = None
         self.is_bound = False
         self.params: AttentionParams | None = None
 
     @property
     def extends(self) -> bool:
         """Whether this layer groups positions if it has a rotation."""
-        return self.plan.group_size > 1 and self.sliding_window is None
+        return self.plan.groups and self.sliding_window is None
 
-    def bind(self, plan: ExtensionPlan, rotation: Rotation | None) -> None:
+    def bind(self, plan: ExtensionPlan, rotation: Rotation | None, group_sizes: GroupSizes | None) -> None:
         """Give a layer its numbers and its rotation, once the model is loaded. With no rotation it groups nothing."""
         self.plan, self.rotation = plan, rotation
+        self.group_sizes = None if rotation is None else group_sizes
         self.is_bound = True
         self.params = None
 
@@ -193,14 +195,12 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
     def _make_params(self, layer: AttentionLayer) -> AttentionParams:
         if self.extends and not self.is_bound:
             raise RuntimeError(f"{layer} was not bound to its rotation after the model was loaded.")
-        is_grouped = self.rotation is not None
         is_quantized = self.kv_cache_dtype.startswith("fp8")
         return AttentionParams(
             scale=self.scale,
-            group_size=self.plan.group_size if is_grouped else 1,
+            group_sizes=self.group_sizes,
             neighbor_window=self.plan.neighbor_window,
-            exact_len=self.plan.exact_len,
-            log_scale_len=self.plan.log_scale_len if is_grouped else 0,
+            log_scale_len=0 if self.group_sizes is None else self.plan.log_scale_len,
             soft_cap=self.soft_cap,
             sliding_window=min(self.sliding_window or 0, MAX_POSITIONS),  # past all positions it is none
             rotation=self.rotation,

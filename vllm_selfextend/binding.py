@@ -17,10 +17,11 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.model_executor.models import supports_multimodal
 
 from .attention import SelfExtendImpl
-from .backends.interface import Rotation, num_rotation_steps
+from .backends.interface import GroupSizes, Rotation, num_rotation_steps
 from .config import SelfExtendConfig
 from .layer_probe import QueryAndKey, queries_and_keys
 from .plan import read_plan, write_plan
+from .positions import GroupSize
 from .rotary import cos_sin
 from .rotary_modules import (
     check_other_tables,
@@ -46,7 +47,7 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
     with set_current_vllm_config(vllm_config):
         # A stage of a pipeline may have nothing but layers with sliding windows, and so may a draft.
         is_whole = vllm_config.parallel_config.pipeline_parallel_size == 1
-        must_extend = is_whole and read_plan(vllm_config).group_size > 1
+        must_extend = is_whole and read_plan(vllm_config).groups
         bind_model(
             model_runner.get_model(), vllm_config.model_config, model_runner, vllm_config, must_extend=must_extend
         )
@@ -55,11 +56,11 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
             bind_model(draft, draft_config, model_runner, vllm_config, must_extend=False, is_draft=True)
 
 
-def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, neighbor_window: int) -> None:
+def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: GroupSize, neighbor_window: int) -> None:
     """Give a loaded model, and its draft if it has one, another group size and neighbor window.
 
-    Keys in the cache are stored by the group size, so no request may be running and the caller has to empty the prefix
-    cache (`LLM.reset_prefix_cache`). A captured graph would keep the old numbers, so the engine has to be eager.
+    Past the first layer, keys in the cache follow from the numbers, so no request may be running and the caller has to
+    empty the prefix cache (`LLM.reset_prefix_cache`). A captured graph would keep the old numbers, so the engine has to be eager.
 
     Raises:
         ValueError: The numbers do not reach the engine's `max_model_len`.
@@ -69,8 +70,11 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: int, 
     plan = read_plan(vllm_config)
     if not vllm_config.model_config.enforce_eager:
         raise RuntimeError("The numbers of a running engine can be changed only if it was started with enforce_eager.")
-    if plan.group_size == 1:
-        raise RuntimeError(f"Self-Extend is off in this engine ({plan.reason}), so it has no numbers to change.")
+    if not plan.groups:
+        raise RuntimeError(
+            f"Self-Extend is off in this engine, which serves {plan.max_model_len} tokens and groups none of them, so it "
+            "has no numbers to change."
+        )
     if vllm_config.kv_transfer_config is not None:
         raise RuntimeError("The numbers of an engine whose keys leave it through a KV connector cannot be changed.")
     config = SelfExtendConfig(group_size, neighbor_window, plan.trained_length, plan.exact_short, plan.log_scale)
@@ -104,14 +108,15 @@ def bind_model(
     candidates = {one.frequencies.numpy().tobytes(): one.frequencies for several in known.values() for one in several}
     positions = probe_positions(plan.max_model_len)
     probed = _probe(model, layers, positions, model_config, is_draft, model_runner, vllm_config)
-    num_steps = num_rotation_steps(plan.max_model_len, plan.group_size, plan.neighbor_window)
     # Not the weights' device: those may be offloaded.
     device = model_runner.device
+    sizes = GroupSizes.of(plan.group_sizes(plan.max_model_len), device)
+    num_steps = num_rotation_steps(plan.max_model_len, sizes.largest, plan.neighbor_window)
     tables: dict[bytes, torch.Tensor] = {}
     untold = []
     for path, layer in layers.items():
         if is_draft and path not in probed:
-            layer.impl.bind(plan, None)
+            layer.impl.bind(plan, None, None)
             continue
         with _naming(name, path):
             if path not in probed:
@@ -123,12 +128,12 @@ def bind_model(
                     raise
                 untold.append(path)
         if rotation is None or isinstance(layer, ChunkedLocalAttention):
-            layer.impl.bind(plan, None)
+            layer.impl.bind(plan, None, None)
             continue
         key = rotation.frequencies.numpy().tobytes()
         if key not in tables:
             tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(device)
-        layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved))
+        layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved), sizes)
     if untold:
         logger.warning(
             "How %d of %s's %d layers rotate their queries and keys cannot be told from these, which are not finite or "

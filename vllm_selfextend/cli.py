@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from .config import RULE_HIGH, RULE_LOW
 from .plan import CONFIG_KEY
-from .positions import rule_share
+from .positions import smallest_group_size
 
 if TYPE_CHECKING:
     from .evaluation.comparison import Comparison
@@ -172,8 +171,7 @@ def plan(
     else:
         console.print(_plan_table(dataclasses.asdict(report)))
         if report.supported:
-            numbers = {"group_size": report.group_size, "neighbor_window": report.neighbor_window} | settings
-            console.print(f"\n{_serve_command(report, numbers, arguments)}", soft_wrap=True)
+            console.print(f"\n{_serve_command(report, settings, arguments)}", soft_wrap=True)
         else:
             for hint in _hints(str(report.why_not), OWN_ARGUMENTS):
                 errors.print(hint, highlight=False, soft_wrap=True)
@@ -310,18 +308,22 @@ def tune(
     output: Annotated[Path | None, typer.Option(help="Write tuning.json and a heat map to this folder.")] = None,
 ) -> None:
     """Find the group size and neighbor window that a model reads best with at a length."""
-    settings = _settings(None, None, trained_length, exact_short, log_scale)
+    settings = _settings(None, None, trained_length, log_scale=log_scale)
     with _evaluating(output) as session:
         from .evaluation.engine import OWN_ARGUMENTS, prompt_encoder, running
         from .evaluation.methods import read_checkpoint
         from .evaluation.screen import Stopped, trying
         from .evaluation.tables import distance_from_auto, numbers_table
-        from .evaluation.tuning import Search, check_differs, try_numbers, write_search
+        from .evaluation.tuning import Numbers, Search, check_differs, group_sizes_of, try_numbers, write_search
         from .evaluation.user_prompts import UserTask, read_prompts
 
         arguments = {**_engine_args(engine_args, OWN_ARGUMENTS), "enforce_eager": True}
         checkpoint = read_checkpoint(model, max_model_len, settings, arguments)
         report = checkpoint.report
+        if not exact_short:  # where no group size is automatic, the least that reaches is tried first
+            least = smallest_group_size(report.trained_length, report.neighbor_window, max_model_len)
+            settings |= {"exact_short": False, "group_size": least}
+            report = read_checkpoint(model, max_model_len, settings, arguments).report
         encode_chat, encode, uses_chat = prompt_encoder(model, arguments, chat=chat)
         asked: Task
         if prompts is not None or task == TuneTaskName.PROMPTS:
@@ -340,7 +342,7 @@ def tune(
             trying(session.stderr, 60 * budget) as show,
         ):
 
-            def costs_of(numbers: tuple[int, int]) -> list[float]:
+            def costs_of(numbers: Numbers) -> list[float]:
                 show(f"{len(search.costs)} tried, now G {numbers[0]}, W {numbers[1]}")
                 return try_numbers(llm, numbers, asked, put, report.trained_length)
 
@@ -350,11 +352,10 @@ def tune(
                 if not search.costs:
                     raise
         written = write_search(search, asked.scores_prompt, session.folder)
-    groups = sorted({group for group, _ in search.costs})
-    _print_tables(functools.partial(numbers_table, search, asked.scores_prompt), groups)
+    _print_tables(functools.partial(numbers_table, search, asked.scores_prompt), group_sizes_of(search.costs))
     group_size, window = search.best
     console.print(distance_from_auto(search), soft_wrap=True, highlight=False)
-    numbers = {CONFIG_KEY: {"group_size": group_size, "neighbor_window": window, **settings}}
+    numbers = {CONFIG_KEY: {**settings, "group_size": group_size, "neighbor_window": window}}
     console.print(f"\n--additional-config '{json.dumps(numbers)}'", soft_wrap=True, highlight=False)
     _print_written(output, written)
 
@@ -456,7 +457,7 @@ def _hints(advice: str, taken: Collection[str]) -> list[str]:
     return found
 
 
-def _serve_command(report: "PlanReport", numbers: dict[str, Any], engine_args: dict[str, Any]) -> str:
+def _serve_command(report: "PlanReport", settings: dict[str, Any], engine_args: dict[str, Any]) -> str:
     """The plan as a command for the shell."""
     command = ["vllm", "serve", report.model, "--attention-backend", "CUSTOM", "--max-model-len", report.max_model_len]
     for name, value in engine_args.items():
@@ -466,7 +467,9 @@ def _serve_command(report: "PlanReport", numbers: dict[str, Any], engine_args: d
         elif value is not None:
             command += [f"--{option}", *(value if isinstance(value, list) else [value])]
     words = [json.dumps(word) if isinstance(word, dict) else str(word) for word in command]
-    return f"{shlex.join(words)} \\\n    --additional-config {shlex.quote(json.dumps({CONFIG_KEY: numbers}))}"
+    if not settings:
+        return shlex.join(words)
+    return f"{shlex.join(words)} \\\n    --additional-config {shlex.quote(json.dumps({CONFIG_KEY: settings}))}"
 
 
 def _settings(
@@ -586,22 +589,15 @@ def _plan_table(report: dict[str, Any]) -> Table:
     table = Table(title=f"Self-Extend for {report['model']}", show_header=False)
     table.add_column(justify="left")
     table.add_column(justify="left", overflow="fold")
-    share = rule_share(*(report[name] for name in ("trained_length", "group_size", "neighbor_window", "max_model_len")))
-    if share > RULE_HIGH:
-        verdict = "above two thirds: expect worse answers; raise the group size or lower the window"
-    elif share > RULE_LOW:
-        verdict = "between one half and two thirds: the authors' limit"
-    else:
-        verdict = "below one half: good"
+    sizes = ", ".join(f"{size:g} at {length:,}" for length, size in report["group_sizes"].items())
+    follows = " by position" if report["group_size"] == "auto" else ""
     rows = {
         "supported": "yes" if report["supported"] else f"no: {report['why_not']}",
         "max_model_len N": f"{report['max_model_len']:,} tokens",
         "trained length L": f"{report['trained_length']:,} tokens",
-        "group size G": f"{report['group_size']}",
+        "group size G": f"{report['group_size']}{follows}: {sizes} tokens",
         "neighbor window W": f"{report['neighbor_window']:,} tokens",
-        "chosen because": report["reason"],
-        "capacity": f"{report['capacity']:,} tokens",
-        "(W + (N - W)/G) / L": f"{float(share):.2f}, {verdict}" if report["group_size"] > 1 else "not needed",
+        "longest sequence": f"{report['capacity']:,} tokens" if report["capacity"] else "none: the group size grows",
     }
     if report["kv_bytes_per_token"] is not None:
         rows["KV cache"] = (

@@ -2,19 +2,14 @@
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Literal
 
 from .backends import KERNEL_CHOICES
 from .backends.limits import MAX_POSITIONS
 from .plan import CONFIG_KEY, ExtensionPlan
-from .positions import as_count, smallest_group_size
-
-RULE_LOW, RULE_HIGH = Fraction(1, 2), Fraction(2, 3)
-"""The authors' empirical rule: good answers while `W + (N - W) / G` is below one half to two thirds of `L`."""
+from .positions import GroupSize, as_count, largest_auto_window, smallest_group_size
 
 MAX_AUTO_WINDOW = 1024
 
@@ -24,17 +19,18 @@ class SelfExtendConfig:
     """What the user asked for.
 
     Attributes:
-        group_size: `G`, how many neighboring positions share one grouped position; 1 is ordinary attention.
+        group_size: `G`, how many neighboring positions share one grouped position; 1 is ordinary attention. "auto"
+            follows the query's position: the least that keeps its relative positions within the trained length.
         neighbor_window: `W`, how many tokens back positions stay exact.
         trained_length: `L`, tokens; None is the length vLLM derives for the checkpoint.
         exact_short: Queries at positions below `L` get the unmodified model's attention. False is the paper to the
-            letter.
+            letter, and needs a group size.
         log_scale: Multiply queries by `max(1, ln(position + 1) / ln(L))`.
         kernel: Which kernels compute it.
 
     """
 
-    group_size: int | Literal["auto"] = "auto"
+    group_size: GroupSize = "auto"
     neighbor_window: int | Literal["auto"] = "auto"
     trained_length: int | None = None
     exact_short: bool = True
@@ -54,6 +50,11 @@ class SelfExtendConfig:
         for name in ("exact_short", "log_scale"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{CONFIG_KEY}.{name} is {getattr(self, name)!r}; it must be true or false.")
+        if self.group_size == "auto" and not self.exact_short:
+            raise ValueError(
+                f"{CONFIG_KEY}.exact_short is false, and {CONFIG_KEY}.group_size is 'auto', which begins past the "
+                "trained length. Set group_size to a number, or leave exact_short out."
+            )
         if self.kernel not in KERNEL_CHOICES:
             allowed = ", ".join(KERNEL_CHOICES)
             raise ValueError(f"{CONFIG_KEY}.kernel is {self.kernel!r}; it must be one of {allowed}.")
@@ -117,37 +118,32 @@ class SelfExtendConfig:
             )
         if self.log_scale and length == 1:
             raise ValueError(f"{CONFIG_KEY}.log_scale is on, and the trained length 1 has no logarithm to scale by.")
-        chosen = []
         if isinstance(self.neighbor_window, int):
             window = self.neighbor_window
         else:
             window = min(max(length // 4, 1), MAX_AUTO_WINDOW)
-            chosen.append(f"neighbor window {window}: a quarter of the trained length, at most {MAX_AUTO_WINDOW}")
         if window > length:
             raise ValueError(
                 f"{CONFIG_KEY}.neighbor_window is {window}, more than the trained length {length}: positions inside "
                 f"the window would leave the trained range. Set it to at most {length}."
             )
-        if isinstance(self.neighbor_window, int):
-            window = min(window, max_model_len)  # a longer one is the same, and its rotations would be as many
-        if isinstance(self.group_size, int):
-            group = self.group_size
-        else:
-            group, reason = _auto_group_size(length, window, max_model_len)
-            chosen.append(f"group size {group}: {reason}")
+        if self.group_size == "auto" and max_model_len > length and window > (most := largest_auto_window(length)):
+            raise ValueError(
+                f"{CONFIG_KEY}.neighbor_window is {window}, and an automatic group_size leaves a quarter of the trained "
+                f"length {length} to the keys before it. Set neighbor_window to at most {most}, or group_size to a number."
+            )
         plan = ExtensionPlan(
             max_model_len=max_model_len,
             derived_length=derived_length,
             trained_length=length,
-            group_size=group,
+            group_size=self.group_size,
             neighbor_window=window,
             exact_short=self.exact_short,
             log_scale_len=length if self.log_scale else 0,
             kernel=self.kernel,
-            reason="; ".join(chosen) or "group size and neighbor window set by the user",
         )
-        if max_model_len > plan.capacity:
-            raise ValueError(_too_long(plan))
+        if plan.capacity is not None and max_model_len > plan.capacity:
+            raise ValueError(_too_long(plan, plan.capacity))
         return plan
 
 
@@ -177,23 +173,12 @@ def _letters(key: Any) -> str:
     return "".join(filter(str.isalnum, str(key))).lower()
 
 
-def _auto_group_size(length: int, window: int, max_model_len: int) -> tuple[int, str]:
-    if max_model_len <= length:
-        return 1, f"{max_model_len} tokens are within the trained length {length}, ordinary attention"
-    target = RULE_HIGH * length
-    if window < target:
-        group = math.ceil((max_model_len - window) / (target - window))
-        return group, "the smallest that keeps W + (N - W) / G within two thirds of the trained length"
-    group = smallest_group_size(length, window, max_model_len) or 1
-    return group, f"the smallest that reaches {max_model_len} tokens (the window alone is past the empirical rule)"
-
-
-def _too_long(plan: ExtensionPlan) -> str:
+def _too_long(plan: ExtensionPlan, reach: int) -> str:
     message = (
         f"max_model_len is {plan.max_model_len}, but with trained length {plan.trained_length}, group_size "
-        f"{plan.group_size} and neighbor_window {plan.neighbor_window} Self-Extend reaches {plan.capacity} tokens. "
+        f"{plan.group_size} and neighbor_window {plan.neighbor_window} Self-Extend reaches {reach} tokens. "
     )
     group = smallest_group_size(plan.trained_length, plan.neighbor_window, plan.max_model_len)
     if group is None:
         return message + f"No group size is enough with this window: set neighbor_window below {plan.trained_length}."
-    return message + f"Set group_size to {group} or more, or max_model_len to at most {plan.capacity}."
+    return message + f"Leave group_size out, set it to {group} or more, or max_model_len to at most {reach}."

@@ -141,7 +141,7 @@ def configure_self_extend(replaced: str | None, original: Callable[..., VllmConf
                 4 * plan.max_model_len,
             )
         if vllm_config.kv_transfer_config is not None:
-            check_connector(vllm_config.kv_transfer_config, config, plan)
+            check_connector(vllm_config.kv_transfer_config, plan)
         return vllm_config
 
     return create_engine_config
@@ -190,8 +190,10 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
         raise ValueError(f"Self-Extend cannot serve {vllm_config.model_config.model}: {reason}")
     if plan.changes_model and vllm_config.speculative_config is not None:
         _extend_draft(vllm_config, plan, device)
-    if plan.group_size == 1:
-        logger.info("Self-Extend is off: %s.", plan.reason)
+    if not plan.groups:
+        logger.info(
+            "Self-Extend is off: %d tokens are served, and none of them has grouped positions.", plan.max_model_len
+        )
         if plan.changes_model:
             logger.info(
                 "The model's rotary tables are lengthened from %d to %d tokens.",
@@ -200,16 +202,15 @@ def apply_plan(vllm_config: VllmConfig, plan: ExtensionPlan) -> ExtensionPlan:
             )
     else:
         logger.info(
-            "Self-Extend: trained length %d, group size %d, neighbor window %d; %d tokens are served of the %d that "
-            "these reach. Prompts within the trained length are answered %s.",
+            "Self-Extend: trained length %d, neighbor window %d, group size %s. Prompts within the trained length are "
+            "answered %s.",
             plan.trained_length,
-            plan.group_size,
             plan.neighbor_window,
-            plan.max_model_len,
-            plan.capacity,
+            f"by position, {plan.group_size_at(plan.max_model_len):g} at {plan.max_model_len} tokens"
+            if plan.capacity is None
+            else f"{plan.group_size}, which reaches {plan.capacity} tokens; {plan.max_model_len} are served",
             "as by the unmodified model" if plan.exact_short else "with grouped positions too",
         )
-        logger.info("Self-Extend's numbers: %s.", plan.reason)
     worker_cls = vllm_config.parallel_config.worker_cls
     vllm_config.parallel_config.worker_cls = SELF_EXTEND_WORKERS.get(worker_cls, worker_cls)
     _limit_to_draft(vllm_config, plan)
@@ -300,7 +301,7 @@ def _limit_to_draft(vllm_config: VllmConfig, plan: ExtensionPlan) -> None:
         return
     wanted = vllm_config.model_config.max_model_len
     limit()
-    if plan.group_size > 1 and (reached := vllm_config.model_config.max_model_len) < wanted:
+    if plan.groups and (reached := vllm_config.model_config.max_model_len) < wanted:
         draft = vllm_config.speculative_config.draft_model_config.model
         raise ValueError(
             f"The drafts of {draft} end at {reached} tokens, and vLLM's V2 model runner cannot serve {wanted} with "

@@ -1,7 +1,7 @@
 """Keys that leave a process say what they are.
 
-How a key lies in a slot depends on the group size and on how a kernel set lays out a block, and what it is, past the
-first layer, on every number that changes what queries see. vLLM's KV connectors know none of it: files and stores go by
+How a key lies in a slot depends on how a kernel set lays out a block, and what it is, past the first layer, on every
+number that changes what queries see; not on the served length. vLLM's KV connectors know none of it: files and stores go by
 a hash of the tokens and the model's name, and so do the handshakes of peers (`vllm/v1/kv_offload/file_mapper.py`,
 `vllm/distributed/kv_transfer/kv_connector/v1/`). So a connector is given a config whose model name says all of it, and
 finds nothing of other numbers or another layout, nor of stock vLLM.
@@ -15,8 +15,8 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.logger import init_logger
 
 from .backends import load_kernels
-from .config import SelfExtendConfig
-from .plan import CONFIG_KEY, ExtensionPlan, has_plan, read_plan
+from .plan import ExtensionPlan, has_plan, read_plan
+from .positions import SIGNIFICANT_BITS
 
 logger = init_logger("vllm.self_extend")
 
@@ -37,21 +37,9 @@ GOES_BY_TOKENS = "ExampleConnector"
 """It keeps files by their tokens alone, in a folder of the user's: a folder in it keeps the layouts apart."""
 
 
-def check_connector(kv_transfer_config: KVTransferConfig, settings: SelfExtendConfig, plan: ExtensionPlan) -> None:
-    """Refuse a group size that another server need not have, and say which connectors cannot be told about it.
-
-    Raises:
-        ValueError: The group size was chosen automatically.
-
-    """
+def check_connector(kv_transfer_config: KVTransferConfig, plan: ExtensionPlan) -> None:
+    """Say which connectors cannot be told what the keys are."""
     connector = kv_transfer_config.kv_connector
-    if plan.group_size > 1 and settings.group_size == "auto":
-        raise ValueError(
-            f"Keys leave this engine through {connector}, and the group size says how they are stored: "
-            f"{CONFIG_KEY}.group_size 'auto' follows from max_model_len, and would change with it. Set it, to "
-            f"{plan.group_size} or what suits all servers that share these keys: --additional-config "
-            f'\'{{"{CONFIG_KEY}": {{"group_size": {plan.group_size}}}}}\'.'
-        )
     if connector not in (*GOES_BY_MODEL_NAME, GOES_BY_TOKENS):
         logger.warning(
             "Self-Extend cannot tell whether %s keeps keys of other layouts apart. Whatever shares keys with this "
@@ -63,7 +51,8 @@ def check_connector(kv_transfer_config: KVTransferConfig, settings: SelfExtendCo
 
 def cache_layout(plan: ExtensionPlan) -> str:
     """What has to be equal for one engine to read what another stored: a name for it, fit for files."""
-    numbers = f"g{plan.group_size}-w{plan.neighbor_window}-l{plan.trained_length}"
+    group_size = f"auto{SIGNIFICANT_BITS}" if plan.group_size == "auto" else plan.group_size
+    numbers = f"g{group_size}-w{plan.neighbor_window}-l{plan.trained_length}"
     switches = f"exact{plan.exact_len}-log{plan.log_scale_len}"
     return f"self_extend-{numbers}-{switches}-{load_kernels(plan.kernel).CACHE_LAYOUT}"
 

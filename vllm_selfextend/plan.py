@@ -4,9 +4,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .positions import capacity, rule_share
+from .backends.limits import EIGHTHS
+from .positions import GroupSize, capacity, group_sizes
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
 
 CONFIG_KEY = "self_extend"
@@ -21,39 +23,48 @@ class ExtensionPlan:
         max_model_len: `N`, the longest sequence to be served, tokens.
         derived_length: The length that vLLM derives for the checkpoint, tokens; its rotary tables may end there.
         trained_length: `L`, tokens.
-        group_size: `G`.
+        group_size: `G`; "auto" follows the query's position.
         neighbor_window: `W`, tokens.
-        exact_short: Whether queries within the trained length get the unmodified model's attention.
+        exact_short: Whether queries within the trained length get the unmodified model's attention; with "auto" they do.
         log_scale_len: Queries past it are scaled up by the logarithm of their position, tokens; 0 is off.
         kernel: The kernel set; in a plan that was written no longer `"auto"`.
-        reason: Why the numbers that the user left open are what they are.
 
     """
 
     max_model_len: int
     derived_length: int
     trained_length: int
-    group_size: int
+    group_size: GroupSize
     neighbor_window: int
     exact_short: bool
     log_scale_len: int
     kernel: str
-    reason: str
+
+    @property
+    def groups(self) -> bool:
+        """Whether any query that is served groups positions."""
+        return self.group_size != 1 and self.max_model_len > self.exact_len
 
     @property
     def changes_model(self) -> bool:
         """Whether the model cannot be served as vLLM loads it: positions are grouped, or its tables are too short."""
-        return self.group_size > 1 or self.max_model_len > self.derived_length
+        return self.groups or self.max_model_len > self.derived_length
 
     @property
-    def capacity(self) -> int:
-        """The longest sequence these numbers can serve, tokens."""
+    def capacity(self) -> int | None:
+        """The longest sequence these numbers can serve, tokens; None: there is no longest one."""
+        if self.group_size == "auto":
+            return None
         return capacity(self.trained_length, self.group_size, self.neighbor_window)
 
-    @property
-    def rule_share(self) -> float:
-        """`(W + (N - W) / G) / L`: the authors find good answers below about 1/2 to 2/3."""
-        return float(rule_share(self.trained_length, self.group_size, self.neighbor_window, self.max_model_len))
+    def group_sizes(self, num_positions: int, first: int = 0) -> "torch.Tensor":
+        """The group size of the query at each position, in eighths: `[num_positions]`, int32. See `positions`."""
+        numbers = self.trained_length, self.neighbor_window, self.group_size, self.exact_len
+        return group_sizes(num_positions, *numbers, first)
+
+    def group_size_at(self, length: int) -> float:
+        """The group size of the last token of a text of `length` tokens."""
+        return int(self.group_sizes(1, length - 1)) / EIGHTHS
 
     @property
     def exact_len(self) -> int:

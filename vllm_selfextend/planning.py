@@ -21,6 +21,7 @@ from .config import SelfExtendConfig
 from .engine_args import widened_length_check
 from .plan import CONFIG_KEY, ExtensionPlan
 from .plugin import incompatibility, kept_out
+from .positions import GroupSize
 from .support import unsupported_reason
 from .worker import check_layers
 
@@ -35,7 +36,10 @@ class PlanReport:
     Attributes:
         supported: Whether start-up would go as far as to load the weights.
         why_not: What it would say.
-        rule_share: `(W + (N - W) / G) / L`; the authors find good answers below about one half to two thirds.
+        group_size: As asked for: a number, or "auto", which follows the position.
+        group_sizes: The group size of the last token of texts of so many tokens: `L` and its doublings as far as they
+            are served, and `max_model_len`.
+        capacity: The longest sequence that the numbers reach, tokens; None: there is none.
         kv_bytes_per_token: For all layers that keep keys, in the cache's dtype. None where the model is not supported,
             or where vLLM finds no device to serve it on.
         kv_bytes_per_sequence: What vLLM reserves for one of `max_model_len` tokens, in whole blocks: of layers with a
@@ -49,11 +53,10 @@ class PlanReport:
     why_not: str | None
     max_model_len: int
     trained_length: int
-    group_size: int
+    group_size: GroupSize
+    group_sizes: dict[int, float]
     neighbor_window: int
-    capacity: int
-    rule_share: float
-    reason: str
+    capacity: int | None
     kv_bytes_per_token: int | None
     kv_bytes_per_sequence: int | None
 
@@ -105,13 +108,20 @@ def plan_report(
         max_model_len=max_model_len,
         trained_length=plan.trained_length,
         group_size=plan.group_size,
+        group_sizes={length: plan.group_size_at(length) for length in _lengths(plan)},
         neighbor_window=plan.neighbor_window,
         capacity=plan.capacity,
-        rule_share=plan.rule_share,
-        reason=plan.reason,
         kv_bytes_per_token=None if size is None else size.per_token,
         kv_bytes_per_sequence=None if size is None else size.per_sequence,
     )
+
+
+def _lengths(plan: ExtensionPlan) -> list[int]:
+    """Lengths for which a plan says the group size: `L` and its doublings below the served length, and that."""
+    lengths = [plan.trained_length]
+    while 2 * lengths[-1] < plan.max_model_len:
+        lengths.append(2 * lengths[-1])
+    return [length for length in lengths if length < plan.max_model_len] + [plan.max_model_len]
 
 
 def _start_up(arguments: dict[str, Any], settings: dict[str, Any], plan: ExtensionPlan) -> CacheSize:
@@ -128,7 +138,7 @@ def _start_up(arguments: dict[str, Any], settings: dict[str, Any], plan: Extensi
             vllm_config = EngineArgs(**arguments).create_engine_config()
         model = make_model(vllm_config)
         check_layers(vllm_config)
-        if plan.group_size > 1:
+        if plan.groups:
             check_model(model, arguments["model"])
         return cache_size(vllm_config)
     except (AssertionError, NotImplementedError, RuntimeError) as error:

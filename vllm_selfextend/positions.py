@@ -5,12 +5,15 @@ model reads a sequence well while no relative position reaches `L`. Group sizes 
 """
 
 import numbers
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .backends.limits import EIGHTHS, MAX_POSITIONS
 
 if TYPE_CHECKING:
     import torch
+
+GroupSize = int | Literal["auto"]
+"""`G` for all positions, or that it follows from each."""
 
 SIGNIFICANT_BITS = 4
 """Of an automatic group size, in eighths: steps of 1/8 up to 2, of 1/4 up to 4, and so on, eight to each doubling."""
@@ -37,17 +40,18 @@ def largest_auto_window(trained_length: int) -> int:
 
 
 def group_sizes(
-    num_positions: int, trained_length: int, neighbor_window: int, group_size: int | None, exact_len: int
+    num_positions: int, trained_length: int, neighbor_window: int, group_size: GroupSize, exact_len: int, first: int = 0
 ) -> "torch.Tensor":
     """The group size of the query at each position, in eighths: `[num_positions]`, int32, never falling.
 
     Args:
         num_positions: How many positions.
         trained_length: `L`.
-        neighbor_window: `W`; with an automatic group size at most `largest_auto_window`.
-        group_size: `G` for all positions from `exact_len` on; None for the automatic one: the least at which no
-            relative position reaches `L`, rounded up to `SIGNIFICANT_BITS`.
+        neighbor_window: `W`; with "auto" at most `largest_auto_window`.
+        group_size: `G` for all positions from `exact_len` on; "auto" is the least at which no relative position reaches
+            `L`, rounded up to `SIGNIFICANT_BITS`.
         exact_len: Positions below it have group size 1: the unmodified model.
+        first: The first of the positions.
 
     `p S >= 8 (i - W)` with `S = L - W - 1` keeps the relative positions of `i` below `L`, since `floor(a) - floor(b) <=
     ceil(a - b)`.
@@ -55,8 +59,8 @@ def group_sizes(
     """
     import torch  # for whoever calls it: the module is read where torch has not been loaded
 
-    positions = torch.arange(num_positions)
-    if group_size is not None:
+    positions = torch.arange(first, first + num_positions)
+    if group_size != "auto":
         eighths = torch.full_like(positions, EIGHTHS * group_size)
     else:
         reach = trained_length - neighbor_window - 1
@@ -65,7 +69,7 @@ def group_sizes(
         # frexp says how many bits they have.
         dropped = (torch.frexp(eighths.double()).exponent.long() - SIGNIFICANT_BITS).clamp(min=0)
         eighths = -(-eighths >> dropped) << dropped
-    eighths[:exact_len] = EIGHTHS
+    eighths[positions < exact_len] = EIGHTHS
     return eighths.int()
 
 

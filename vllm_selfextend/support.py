@@ -51,7 +51,7 @@ def unsupported_reason(
             return reason
         if reason := _model_reason(model_config):
             return reason
-        if must_extend and plan.group_size > 1 and (reason := _sliding_reason(model_config, plan)):
+        if must_extend and plan.groups and (reason := _sliding_reason(model_config, plan)):
             return reason
     # The rest holds for grouped positions and others.
     if model_config.attn_type == "encoder_only" or not getattr(model_config.hf_text_config, "is_causal", True):

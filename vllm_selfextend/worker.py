@@ -9,6 +9,7 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from .attention import SelfExtendImpl
 from .binding import bind_models, change_numbers
 from .plan import read_plan
+from .positions import GroupSize
 
 
 class SelfExtendWorker:
@@ -30,7 +31,7 @@ class SelfExtendWorker:
             layer.impl.warm_up(layer, self.vllm_config.model_config.dtype)
         return super().compile_or_warm_up_model()  # type: ignore[misc]
 
-    def change_numbers(self, group_size: int, neighbor_window: int) -> None:
+    def change_numbers(self, group_size: GroupSize, neighbor_window: int) -> None:
         """Go on with other numbers; called through vLLM's `collective_rpc`. See `binding.change_numbers`."""
         change_numbers(self.model_runner, self.vllm_config, group_size, neighbor_window)
 

@@ -84,7 +84,7 @@ instruction_set = INSTRUCTION_SETS[0]
 _HEAD_SIZE_STEP, _MAX_HEAD_SIZE = torch.ops.vllm_selfextend_cpu.head_sizes()
 
 IS_CAPTURABLE = False
-CACHE_LAYOUT = "cpu-1"
+CACHE_LAYOUT = "cpu-2"
 VARIANT = instruction_set
 """See `interface.Kernels`."""
 
@@ -125,18 +125,7 @@ def store_kv(
     params: AttentionParams,
 ) -> None:
     """See `interface.Kernels.store_kv`."""
-    rotation = params.rotation
-    _store_kv(
-        key,
-        value,
-        kv_cache,
-        batch.positions,
-        batch.slot_mapping,
-        rotation and rotation.cos_sin,
-        bool(rotation and rotation.interleaved),
-        instruction_set,
-        *_store_kv_layer(params),
-    )
+    _store_kv(key, value, kv_cache, batch.slot_mapping, instruction_set, *_store_kv_layer(params))
 
 
 def attention(
@@ -147,7 +136,7 @@ def attention(
     out: torch.Tensor,
 ) -> None:
     """See `interface.Kernels.attention`."""
-    rotation = params.rotation
+    sizes, rotation = params.group_sizes, params.rotation
     _attention(
         query,
         kv_cache,
@@ -155,6 +144,7 @@ def attention(
         batch.seq_lens,
         batch.block_table,
         out,
+        sizes and sizes.eighths,
         rotation and rotation.cos_sin,
         bool(rotation and rotation.interleaved),
         instruction_set,

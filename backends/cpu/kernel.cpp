@@ -52,7 +52,7 @@ inline void with_type(Type type, const Action& action) {
 // The working memory of `attend`. Rows are the item's queries: for each token the query heads of the KV head.
 struct Scratch {
   float* near_query;  // [rows, head_size]; float32, as `far_query` and `panels` are, or bfloat16 where it is multiplied
-  float* far_query;   // the same, rotated for grouped keys
+  float* far_query;   // the same, turned for grouped keys; not where there are none
   float* factors;     // [rows]: what scores are multiplied by
   float* decays;      // [rows, to a whole vector]: what a row's result is multiplied by where a larger score is met
   float* scores;      // [rows, kTile]; then the weights, in bfloat16 where it is multiplied
@@ -60,9 +60,11 @@ struct Scratch {
   float* panels;      // [kWidePanels, head_size or kTile, 16]: a step's right factor
   float* stairs;      // [kStairs, rotary_dim, 16]: of the last phases met
   int stair_phase[kStairs];
-  float* rest;  // [rows, head_size + 2]: a result that is whole
+  int phase_step;  // phases are multiples of it
+  float* rest;     // [rows, head_size + 2]: a result that is whole
 
-  Scratch(const Layer& layer, int rows, float* memory) {
+  Scratch(const Layer& layer, const Item& item, int rows, float* memory)
+      : phase_step(min(item.group_size & -item.group_size, selfextend::kEighths * kPanel)) {
     const auto take = [&memory](int64_t size) {
       float* taken = memory;
       memory += round_up(size, kAligned);
@@ -80,11 +82,11 @@ struct Scratch {
     rest = memory;
   }
 
-  const float* stairs_of(const Layer& layer, int first) {
-    const int phase = first % layer.group_size;
-    const int place = (phase / kStairs ^ phase) % kStairs;
+  const float* stairs_of(const Layer& layer, int group_size, int first) {
+    const int phase = selfextend::kEighths * first % group_size;
+    const int place = phase / phase_step % kStairs;
     float* found = stairs + static_cast<int64_t>(place) * layer.rotary_dim * kPanel;
-    if (stair_phase[place] != phase) fill_stairs(layer, first, found);
+    if (stair_phase[place] != phase) fill_stairs(layer, group_size, first, found);
     stair_phase[place] = phase;
     return found;
   }
@@ -104,8 +106,7 @@ inline int heads_per_kv_head(const Layer& layer) { return layer.num_heads / laye
 
 template <class Left>
 inline void load_queries(const Layer& layer, const Rows& query, const Item& item, Scratch& scratch) {
-  const int heads = heads_per_kv_head(layer), size = layer.head_size;
-  const int window = layer.neighbor_window;
+  const int heads = heads_per_kv_head(layer), size = layer.head_size, group_size = item.group_size;
   auto* near = reinterpret_cast<Left*>(scratch.near_query);
   auto* far = reinterpret_cast<Left*>(scratch.far_query);
   float turned[selfextend::kMaxHeadSize];
@@ -123,10 +124,9 @@ inline void load_queries(const Layer& layer, const Rows& query, const Item& item
       const auto* from = reinterpret_cast<const T*>(query.data) +
                          (item.first_token + row / heads) * query.token_stride + head * query.head_stride;
       for (int i = 0; i < size; i += kLanes) store(turned + i, load(from + i));
-      if (layer.group_size > 1) {
-        for (int i = 0; i < size; i += kLanes) put_factor(near + i, load(turned + i));
-        rotate(layer, window - window / layer.group_size - lag(position, layer.group_size), turned);
-      }
+      for (int i = 0; i < size; i += kLanes) put_factor(near + i, load(turned + i));
+      if (group_size == selfextend::kEighths) continue;
+      turn_head(layer, lag(layer.neighbor_window, group_size) - lag(position, group_size), turned);
       for (int i = 0; i < size; i += kLanes) put_factor(far + i, load(turned + i));
     }
   });
@@ -286,50 +286,52 @@ class ItemAttention {
     }
     // To rows before `near_end` some of the keys are neighbors, to those from `far_begin` on some are not.
     const int seen = row_of(begin);
-    int near_end = seen, far_begin = seen;
-    if (layer_.group_size > 1) {
-      near_end = max(seen, row_of(max(layer_.exact_len, end - 1 + layer_.neighbor_window)));
-      far_begin = max(seen, row_of(max(layer_.exact_len, begin + layer_.neighbor_window)));
+    int near_end = rows_, far_begin = rows_;
+    if (item_.group_size > selfextend::kEighths) {
+      near_end = max(seen, row_of(end - 1 + layer_.neighbor_window));
+      far_begin = max(seen, row_of(begin + layer_.neighbor_window));
     }
-    if (seen < near_end) {
-      const bool at_once = scores_turned<Left>(layer_, near_end - seen);
-      for (int i = 0; i < panels; ++i) {
-        const int first = begin + i * kPanel;
-        const float* stairs = scratch_.stairs_of(layer_, first);
-        if (few_rows_) prefetch_values(first);
-        if (at_once) {
-          score_turned(layer_, first, stairs, stored[i], near_query_ + at(seen, size_), near_end - seen,
-                       reinterpret_cast<Left*>(scratch_.panels), scores + at(seen, kTile) + i * kPanel, kTile);
-        } else {
-          rotate_panel(layer_, first, stairs, stored[i], unpacked[i]);
-        }
-      }
-      if (!at_once) {
-        product<false>(near_query_ + at(seen, size_), size_, near_end - seen, unpacked, panels, size_, next,
-                       scores + at(seen, kTile), kTile);
-      }
+    if (seen < near_end && unpacks_) {
+      for (int i = 0; i < panels; ++i) unpack(stored[i], size_, unpacked[i]);
+      multiply(near_query_, seen, near_end, unpacked, panels, next, scores + at(seen, kTile), kTile);
+    } else if (seen < near_end) {
+      multiply(near_query_, seen, near_end, stored, panels, next, scores + at(seen, kTile), kTile);
     }
     if (far_begin == rows_) return;
-    if (unpacks_) {
-      for (int i = 0; i < panels; ++i) unpack(stored[i], size_, unpacked[i]);
-      score_far(unpacked, panels, far_begin, near_end, next, scores);
-    } else {
-      score_far(stored, panels, far_begin, near_end, next, scores);
+    // Rows with both kinds have their far scores beside the near ones.
+    near_end = max(near_end, far_begin);
+    const bool at_once = scores_turned<Left>(layer_, rows_ - far_begin);
+    for (int i = 0; i < panels; ++i) {
+      const int first = begin + i * kPanel, steps = lag(first, item_.group_size);
+      const float* stairs = scratch_.stairs_of(layer_, item_.group_size, first);
+      if (few_rows_) prefetch_values(first);
+      if (at_once) {
+        const auto score = [&](int row, int row_end, float* to, int64_t stride) {
+          if (row == row_end) return;
+          score_turned(layer_, steps, stairs, stored[i], far_query_ + at(row, size_), row_end - row,
+                       reinterpret_cast<Left*>(scratch_.panels), to + i * kPanel, stride);
+        };
+        score(far_begin, near_end, scratch_.far_scores, kWide);
+        score(near_end, rows_, scores + at(near_end, kTile), kTile);
+      } else {
+        turn_panel(layer_, steps, stairs, stored[i], unpacked[i]);
+      }
     }
-    // Rows with both kinds take the far keys' scores from the far ones.
+    if (!at_once) {
+      multiply(far_query_, far_begin, near_end, unpacked, panels, next, scratch_.far_scores, kWide);
+      multiply(far_query_, near_end, rows_, unpacked, panels, next, scores + at(near_end, kTile), kTile);
+    }
     for (int row = far_begin; row < near_end; ++row) {
       const int count = min(position_of(row) - layer_.neighbor_window + 1, end) - begin;
       for (int i = 0; i < count; ++i) scores[at(row, kTile) + i] = scratch_.far_scores[at(row - far_begin, kWide) + i];
     }
   }
 
-  // Far scores: of the rows before `near_end`, which have near ones too, beside those; of the others in place.
+  // The scores of some rows of queries with panels of keys.
   template <class B>
-  void score_far(const B* const* keys, int panels, int far_begin, int near_end, const T* const* next, float* scores) {
-    product<false>(far_query_ + at(far_begin, size_), size_, near_end - far_begin, keys, panels, size_, next,
-                   scratch_.far_scores, kWide);
-    product<false>(far_query_ + at(near_end, size_), size_, rows_ - near_end, keys, panels, size_, next,
-                   scores + at(near_end, kTile), kTile);
+  void multiply(const Left* query, int row, int row_end, const B* const* keys, int panels, const T* const* next,
+                float* scores, int64_t stride) {
+    product<false>(query + at(row, size_), size_, row_end - row, keys, panels, size_, next, scores, stride);
   }
 
   // The softmax of rows over the tile begin .. end - 1; what a row has so far shrinks to its new largest score. Each
@@ -449,7 +451,7 @@ inline void attend_over(const Layer& layer, const Cache& cache, const Rows& quer
 void attend(const Layer& layer, const Cache& cache, const Rows& query, const Rows& out, const Item& item, float* memory,
             float* partials) {
   const int rows = item.num_tokens * heads_per_kv_head(layer);
-  Scratch scratch(layer, rows, memory);
+  Scratch scratch(layer, item, rows, memory);
   Partial result(layer, rows, item.partial < 0 ? scratch.rest : partials + item.partial);
   with_type(cache.type, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -486,7 +488,7 @@ void merge(const Layer& layer, const Rows& out, const Item& item, int row_begin,
 }
 
 void store_token(const Layer& layer, const Cache& cache, const Rows& key, const Rows& value, int64_t token,
-                 int position, int64_t slot) {
+                 int64_t slot) {
   const int size = layer.head_size, block_size = layer.block_size;
   const int64_t offset = slot % block_size;
   float head[selfextend::kMaxHeadSize];
@@ -504,7 +506,6 @@ void store_token(const Layer& layer, const Cache& cache, const Rows& key, const 
       T* block =
           reinterpret_cast<T*>(cache.data) + slot / block_size * cache.block_stride + kv_head * cache.head_stride;
       take(key, kv_head, 1.0f / layer.k_scale);
-      if (layer.group_size > 1) rotate(layer, -lag(position, layer.group_size), head);
       for (int i = 0; i < size; i += kLanes) put(rounded + i, load(head + i));
       T* column = block + offset / kPanel * kPanel * size + offset % kPanel;
       for (int i = 0; i < size; ++i) column[i * kPanel] = rounded[i];

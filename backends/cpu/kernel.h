@@ -18,18 +18,20 @@ namespace selfextend {
 constexpr int kPanel = 16;  // columns of a panel
 constexpr int kTile = 128;  // keys whose scores are held at once
 constexpr int kMaxHeadSize = 512;
-constexpr int kMaxPositions = 1 << 30;  // limits.MAX_POSITIONS: two positions and windows add up in an int
+constexpr int kEighths = 8;             // limits.EIGHTHS: the group size of ordinary attention
+constexpr int kMaxPositions = 1 << 27;  // limits.MAX_POSITIONS: eight times one fits into an int
 
 enum class Type : int8_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
 
 // The attention layer: see interface.AttentionParams.
 struct Layer {
   int num_heads, num_kv_heads, head_size, block_size;
-  int group_size, neighbor_window, exact_len, sliding_window;
+  int neighbor_window, sliding_window;
   float scale, soft_cap;
-  float log_scale;         // 1 / ln(log_scale_len), or 0
-  float k_scale, v_scale;  // what cached keys and values must be multiplied by
-  const float* cos_sin;    // [steps, rotary_dim]: cosines, then sines
+  float log_scale;             // 1 / ln(log_scale_len), or 0
+  float k_scale, v_scale;      // what cached keys and values must be multiplied by
+  const int32_t* group_sizes;  // of each position, in eighths; null: ordinary attention
+  const float* cos_sin;        // [steps, rotary_dim]: cosines, then sines
   int rotary_dim;
   bool interleaved;
   const float* sinks;  // [num_heads] or null
@@ -48,12 +50,14 @@ struct Cache {
   int64_t block_stride, head_stride;  // in elements
 };
 
-// What one call of `attend` works on: some queries of one request, and some of the keys they see, of one KV head.
+// What one call of `attend` works on: some queries of one request and group size, and some of the keys they see, of one
+// KV head.
 struct Item {
   int kv_head;
   int64_t first_token;  // row of the first query in the batch
   int num_tokens;
   int first_position;  // position of the first query in its request; the others follow
+  int group_size;      // of all of them, in eighths
   int key_begin;       // position, a multiple of kTile
   int key_end;
   const int32_t* blocks;  // the request's row of the block table
@@ -73,9 +77,8 @@ struct Kernel {
   // item's rows those from `row_begin` to `row_end`.
   void (*merge)(const Layer&, const Rows& out, const Item&, int row_begin, int row_end, float* partials, int count,
                 int64_t stride);
-  // Puts the key and value of `token`, at `position`, into `slot`.
-  void (*store)(const Layer&, const Cache&, const Rows& key, const Rows& value, int64_t token, int position,
-                int64_t slot);
+  // Puts the key and value of `token` into `slot`.
+  void (*store)(const Layer&, const Cache&, const Rows& key, const Rows& value, int64_t token, int64_t slot);
 };
 
 extern const Kernel kPortable;

@@ -61,18 +61,17 @@ float finite(double number, const char* name) {
 
 void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Tensor& query_start_loc,
                const at::Tensor& seq_lens, const at::Tensor& block_table, const at::Tensor& out,
-               const std::optional<at::Tensor>& cos_sin, bool interleaved, const std::string& instruction_set,
-               double scale, int64_t group_size, int64_t neighbor_window, int64_t exact_len, int64_t log_scale_len,
-               double soft_cap, int64_t sliding_window, int64_t num_positions, const std::optional<at::Tensor>& sinks,
+               const std::optional<at::Tensor>& group_sizes, const std::optional<at::Tensor>& cos_sin, bool interleaved,
+               const std::string& instruction_set, double scale, int64_t neighbor_window, int64_t log_scale_len,
+               double soft_cap, int64_t sliding_window, const std::optional<at::Tensor>& sinks,
                const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale) {
   const Kernel& kernel = find_kernel(instruction_set);
   const Rows queries = rows_of(query, "query"), outputs = rows_of(out, "out");
   TORCH_CHECK_VALUE(query.sizes() == out.sizes(), "out is ", out.sizes(), "; it must be as query, ", query.sizes());
   const Cache cache = cache_of(kv_cache, kv_cache.size(1), query.size(2));
   const Requests requests = requests_of(query_start_loc, seq_lens, block_table, query.size(0), kv_cache);
-  Layer layer = layer_of(query, kv_cache, group_size, k_scale, v_scale);
+  Layer layer = layer_of(query, kv_cache, k_scale, v_scale);
   layer.neighbor_window = count_of(neighbor_window, "neighbor_window", 1, kMaxPositions);
-  layer.exact_len = count_of(exact_len, "exact_len", 0, kMaxPositions);
   layer.sliding_window = count_of(sliding_window, "sliding_window", 0, kMaxPositions);
   layer.scale = finite(scale, "scale");
   layer.soft_cap = finite(soft_cap, "soft_cap");
@@ -80,7 +79,7 @@ void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Te
   TORCH_CHECK_VALUE(log_scale_len == 0 || (log_scale_len >= 2 && log_scale_len <= kMaxPositions), "log_scale_len is ",
                     log_scale_len, "; it must be 0 (off), or from 2 to ", kMaxPositions, ".");
   layer.log_scale = log_scale_len > 0 ? static_cast<float>(1.0 / std::log(static_cast<double>(log_scale_len))) : 0.0f;
-  set_rotation(layer, cos_sin, interleaved, num_positions, requests.longest);
+  set_group_sizes(layer, group_sizes, cos_sin, interleaved, requests);
   const at::Tensor kept = set_sinks(layer, sinks);
 
   const Work work = split_batch(layer, requests, kernel.preferred_rows(layer.head_size), at::get_num_threads());
@@ -98,21 +97,18 @@ void attention(const at::Tensor& query, const at::Tensor& kv_cache, const at::Te
   });
 }
 
-void store_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache, const at::Tensor& positions,
-              const at::Tensor& slot_mapping, const std::optional<at::Tensor>& cos_sin, bool interleaved,
-              const std::string& instruction_set, int64_t group_size, int64_t num_positions,
+void store_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& kv_cache,
+              const at::Tensor& slot_mapping, const std::string& instruction_set,
               const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale) {
   const Kernel& kernel = find_kernel(instruction_set);
   const Rows keys = rows_of(key, "key"), values = rows_of(value, "value");
   TORCH_CHECK_VALUE(key.sizes() == value.sizes(), "value is ", value.sizes(), "; it must be as key, ", key.sizes());
   const Cache cache = cache_of(kv_cache, key.size(1), key.size(2));
-  const Tokens tokens = tokens_of(positions, slot_mapping, key.size(0), kv_cache);
-  Layer layer = layer_of(key, kv_cache, group_size, k_scale, v_scale);
-  set_rotation(layer, cos_sin, interleaved, num_positions, tokens.longest);
-  at::parallel_for(0, tokens.count, 1, [&](int64_t begin, int64_t end) {
+  const int64_t* slots = slots_of(slot_mapping, key.size(0), kv_cache);
+  const Layer layer = layer_of(key, kv_cache, k_scale, v_scale);
+  at::parallel_for(0, key.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      if (tokens.slots[token] < 0) continue;
-      kernel.store(layer, cache, keys, values, token, static_cast<int>(tokens.positions[token]), tokens.slots[token]);
+      if (slots[token] >= 0) kernel.store(layer, cache, keys, values, token, slots[token]);
     }
   });
 }
@@ -158,14 +154,13 @@ std::tuple<int64_t, int64_t> head_sizes() { return {kPanel, kMaxHeadSize}; }
 // What follows `instruction_set` is named as interface.AttentionParams names it: Python passes those by these names.
 constexpr const char* kAttention = R"(attention(
     Tensor query, Tensor kv_cache, Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor(a!) out,
-    Tensor? cos_sin, bool interleaved, str instruction_set,
-    float scale, int group_size, int neighbor_window, int exact_len, int log_scale_len, float soft_cap,
-    int sliding_window, int num_positions, Tensor? sinks, Tensor? k_scale, Tensor? v_scale) -> ())";
+    Tensor? group_sizes, Tensor? cos_sin, bool interleaved, str instruction_set,
+    float scale, int neighbor_window, int log_scale_len, float soft_cap, int sliding_window, Tensor? sinks,
+    Tensor? k_scale, Tensor? v_scale) -> ())";
 
 constexpr const char* kStoreKv = R"(store_kv(
-    Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor positions, Tensor slot_mapping,
-    Tensor? cos_sin, bool interleaved, str instruction_set,
-    int group_size, int num_positions, Tensor? k_scale, Tensor? v_scale) -> ())";
+    Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, str instruction_set,
+    Tensor? k_scale, Tensor? v_scale) -> ())";
 
 constexpr const char* kWorkSplit = R"(work_split(
     Tensor query_start_loc, Tensor seq_lens, int num_heads, int num_kv_heads, int head_size, int sliding_window,

@@ -1,4 +1,4 @@
-// Rotation of heads, and of cached keys from their group positions to their positions.
+// Turning of queries, and of cached keys to their grouped positions.
 #pragma once
 
 #include "product.h"
@@ -9,13 +9,12 @@ namespace {
 using selfextend::kPanel;
 using selfextend::Layer;
 
-// interface.lag: how far a token's group position lags behind its position.
-inline int lag(int position, int group_size) { return position - position / group_size; }
+// interface.lag: how far a token's grouped position lags behind its position.
+inline int lag(int position, int group_size) { return position - selfextend::kEighths * position / group_size; }
 
-// Rotates pairs of values, `stride` apart in each of the two places.
+// Turns pairs of values, `stride` apart in each of the two places.
 template <int stride>
-inline void rotate_pairs(int pairs, const float* cosine, float sign, float* __restrict first,
-                         float* __restrict second) {
+inline void turn_pairs(int pairs, const float* cosine, float sign, float* __restrict first, float* __restrict second) {
   const float* sine = cosine + pairs;
   for (int pair = 0; pair < pairs; ++pair) {
     const float x = first[pair * stride], y = second[pair * stride], c = cosine[pair], s = sign * sine[pair];
@@ -24,25 +23,29 @@ inline void rotate_pairs(int pairs, const float* cosine, float sign, float* __re
   }
 }
 
-// Rotates one head in place by `steps` of either sign.
-inline void rotate(const Layer& layer, int steps, float* head) {
+// Turns one head in place by `steps` of either sign.
+inline void turn_head(const Layer& layer, int steps, float* head) {
   const int pairs = layer.rotary_dim / 2;
   const float sign = steps < 0 ? -1.0f : 1.0f;
   const float* cosine = layer.cos_sin + static_cast<int64_t>(steps < 0 ? -steps : steps) * layer.rotary_dim;
   if (layer.interleaved) {
-    rotate_pairs<2>(pairs, cosine, sign, head, head + 1);
+    turn_pairs<2>(pairs, cosine, sign, head, head + 1);
   } else {
-    rotate_pairs<1>(pairs, cosine, sign, head, head + pairs);
+    turn_pairs<1>(pairs, cosine, sign, head, head + pairs);
   }
 }
 
-// Cosines and sines of d(j) - d(p) for the 16 keys j from p = first of a panel, as columns: [rotary_dim][16]. They
-// depend on p modulo the group size alone, so few are needed, and with d(p) they give every key's rotation.
-inline void fill_stairs(const Layer& layer, int first, float* stairs) {
+// Cosines and sines of d(first) - d(j) for the 16 keys j from `first` of a panel on, as columns: [rotary_dim][16]. They
+// depend on 8 * first modulo the group size alone, so few are needed, and with d(first) they give every key's turn.
+inline void fill_stairs(const Layer& layer, int group_size, int first, float* stairs) {
+  const int pairs = layer.rotary_dim / 2;
   for (int column = 0; column < kPanel; ++column) {
-    const int steps = lag(first + column, layer.group_size) - lag(first, layer.group_size);
+    const int steps = lag(first + column, group_size) - lag(first, group_size);
     const float* row = layer.cos_sin + static_cast<int64_t>(steps) * layer.rotary_dim;
-    for (int i = 0; i < layer.rotary_dim; ++i) stairs[i * kPanel + column] = row[i];
+    for (int pair = 0; pair < pairs; ++pair) {
+      stairs[pair * kPanel + column] = row[pair];
+      stairs[(pairs + pair) * kPanel + column] = -row[pairs + pair];
+    }
   }
 }
 
@@ -65,17 +68,17 @@ class Stairs {
   const float* stairs_;
 };
 
-// What the keys of a panel turn by, the first at position `first`.
+// What the keys of a panel turn by, of which the first one lags `steps` behind.
 class Angles {
  public:
-  Angles(const Layer& layer, int first, const float* stairs)
+  Angles(const Layer& layer, int steps, const float* stairs)
       : stairs_(layer, stairs),
-        cosines_(layer.cos_sin + static_cast<int64_t>(lag(first, layer.group_size)) * layer.rotary_dim),
+        cosines_(layer.cos_sin + static_cast<int64_t>(steps) * layer.rotary_dim),
         sines_(cosines_ + layer.rotary_dim / 2) {}
 
   Angle operator()(int pair, int lane = 0) const {
     const auto [cosine, sine] = stairs_(pair, lane);
-    return {cosine * cosines_[pair] - sine * sines_[pair], sine * cosines_[pair] + cosine * sines_[pair]};
+    return {cosine * cosines_[pair] + sine * sines_[pair], sine * cosines_[pair] - cosine * sines_[pair]};
   }
 
  private:
@@ -106,12 +109,12 @@ inline void turn(const Layer& layer, const GetAngle& angles, const T* panel, con
   }
 }
 
-// The keys of a panel, rotated from their group positions to their positions.
+// The keys of a panel, turned to their grouped positions; the first one lags `steps` behind.
 // (Not inlined: within a large function the compiler runs out of registers.)
 template <class T, class To>
-[[gnu::noinline]] void rotate_panel(const Layer& layer, int first, const float* stairs, const T* panel, To* rotated) {
-  turn(layer, Angles(layer, first, stairs), panel,
-       [=](int row, int lane, Float numbers) { put_factor(rotated + row * kPanel + lane, numbers); });
+[[gnu::noinline]] void turn_panel(const Layer& layer, int steps, const float* stairs, const T* panel, To* turned) {
+  turn(layer, Angles(layer, steps, stairs), panel,
+       [=](int row, int lane, Float numbers) { put_factor(turned + row * kPanel + lane, numbers); });
 }
 
 // The scores of a panel's keys, which turn by their stairs while they are multiplied and never leave the registers.
@@ -160,17 +163,17 @@ inline void turn_two(const Layer& layer, const GetAngle& angles, const BFloat16*
   }
 }
 
-[[gnu::noinline]] void rotate_panel(const Layer& layer, int first, const float* stairs, const BFloat16* panel,
-                                    BFloat16Paired* rotated) {
+[[gnu::noinline]] void turn_panel(const Layer& layer, int steps, const float* stairs, const BFloat16* panel,
+                                  BFloat16Paired* turned) {
   if (turns_two(layer)) {
-    turn_two(layer, Angles(layer, first, stairs), panel, [=](int row, Float numbers, Float next) {
+    turn_two(layer, Angles(layer, steps, stairs), panel, [=](int row, Float numbers, Float next) {
       const __m512bh pairs = pair_up(numbers, next);
-      __builtin_memcpy(rotated + row * kPanel, &pairs, sizeof(pairs));
+      __builtin_memcpy(turned + row * kPanel, &pairs, sizeof(pairs));
     });
   } else {
-    auto* in_place = reinterpret_cast<BFloat16*>(rotated);
-    rotate_panel<BFloat16, BFloat16>(layer, first, stairs, panel, in_place);
-    unpack(in_place, layer.head_size, rotated);
+    auto* in_place = reinterpret_cast<BFloat16*>(turned);
+    turn_panel<BFloat16, BFloat16>(layer, steps, stairs, panel, in_place);
+    unpack(in_place, layer.head_size, turned);
   }
 }
 
@@ -198,15 +201,15 @@ inline bool scores_turned(const Layer& layer, int rows) {
   return kVectors == 1 && rows <= kTurnedRows && (!kMultiplies<Left> || turns_two(layer));
 }
 
-// Rows of queries turned by -steps.
+// Rows of queries turned by `steps`.
 template <class T>
-inline void turn_back(const Layer& layer, int steps, const T* query, int rows, T* turned) {
+inline void turn_rows(const Layer& layer, int steps, const T* query, int rows, T* turned) {
   const int size = layer.head_size, pairs = layer.rotary_dim / 2;
   if (layer.interleaved || pairs % kLanes != 0) {
     float head[selfextend::kMaxHeadSize];
     for (int row = 0; row < rows; ++row, query += size, turned += size) {
       for (int i = 0; i < size; i += kLanes) store(head + i, load(query + i));
-      rotate(layer, -steps, head);
+      turn_head(layer, steps, head);
       for (int i = 0; i < size; i += kLanes) put_factor(turned + i, load(head + i));
     }
     return;
@@ -216,8 +219,8 @@ inline void turn_back(const Layer& layer, int steps, const T* query, int rows, T
     const Float c = load(cosine + pair), s = load(cosine + pairs + pair);
     for (int at = pair; at < rows * size; at += size) {
       const Float x = load(query + at), y = load(query + at + pairs);
-      put_factor(turned + at, x * c + y * s);
-      put_factor(turned + at + pairs, y * c - x * s);
+      put_factor(turned + at, x * c - y * s);
+      put_factor(turned + at + pairs, y * c + x * s);
     }
   }
   for (int i = 2 * pairs; i < size; i += kLanes) {
@@ -225,13 +228,13 @@ inline void turn_back(const Layer& layer, int steps, const T* query, int rows, T
   }
 }
 
-// The scores of a panel's keys, the first at position `first`, for few rows of queries: these turn back by d(first),
-// which is less work than to turn the keys by it. `turned` is memory for as many rows.
+// The scores of a panel's keys, of which the first one lags `steps` behind, for few rows of queries: these turn by
+// that, which is less work than to turn the keys back by it. `turned` is memory for as many rows.
 template <class T, class Left>
-inline void score_turned(const Layer& layer, int first, const float* stairs, const T* panel, const Left* query,
+inline void score_turned(const Layer& layer, int steps, const float* stairs, const T* panel, const Left* query,
                          int rows, Left* turned, float* scores, int64_t stride) {
   if constexpr (kVectors == 1) {
-    turn_back(layer, lag(first, layer.group_size), query, rows, turned);
+    turn_rows(layer, steps, query, rows, turned);
     with_rows<kTurnedRows>(
         rows, [&](auto few) { score_turned_rows<few.value>(layer, stairs, panel, turned, scores, stride); });
   }

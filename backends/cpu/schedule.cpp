@@ -17,16 +17,23 @@ int64_t effort(const Item& item, int heads) {
   return int64_t{item.num_tokens * heads + kRowsPerKey} * (item.key_end - item.key_begin);
 }
 
-// Blocks of at most `tokens` queries of one request and KV head, each over all keys that its queries see.
+// Blocks of at most `tokens` queries of one request, group size and KV head, each over all keys that its queries see.
 std::vector<Item> split_queries(const Layer& layer, const Requests& requests, int tokens) {
   std::vector<Item> blocks;
   for (int64_t request = 0; request < requests.count; ++request) {
     const int end = requests.query_start_loc[request + 1];
-    for (int token = requests.query_start_loc[request]; token < end; token += tokens) {
+    for (int token = requests.query_start_loc[request]; token < end;) {
       Item block{};
       block.first_token = token;
       block.num_tokens = std::min(tokens, end - token);
       block.first_position = requests.seq_lens[request] - (end - token);
+      block.group_size = kEighths;
+      if (layer.group_sizes != nullptr) {
+        const int32_t* sizes = layer.group_sizes + block.first_position;
+        block.group_size = *sizes;
+        block.num_tokens = static_cast<int>(std::upper_bound(sizes, sizes + block.num_tokens, *sizes) - sizes);
+      }
+      token += block.num_tokens;
       block.key_end = block.first_position + block.num_tokens;
       if (layer.sliding_window > 0) {
         block.key_begin = std::max(0, block.first_position - layer.sliding_window + 1) / kTile * kTile;

@@ -15,7 +15,6 @@ struct Requests {
   const int32_t* seq_lens;         // [count]
   const int32_t* block_table;      // [count, max_blocks], rows `table_stride` apart
   int64_t table_stride;
-  int64_t longest;  // the largest of seq_lens
 };
 
 // Partial results of the same queries, in the order of their keys; some of the queries' rows.
@@ -34,9 +33,9 @@ struct Work {
   int most_rows = 0;           // of any item
 };
 
-// Splits a batch into blocks of queries of one request and KV head, and the longest of those over their context.
-// `rows` is Kernel::preferred_rows. The split depends on these arguments alone, so a repeated run repeats every
-// rounding.
+// Splits a batch into blocks of queries of one request, group size and KV head, and the longest of those over their
+// context. `rows` is Kernel::preferred_rows. The split depends on these arguments alone, so a repeated run repeats
+// every rounding.
 Work split_batch(const Layer& layer, const Requests& requests, int rows, int threads);
 
 }  // namespace selfextend

@@ -80,7 +80,6 @@ Requests requests_of(const at::Tensor& query_start_loc, const at::Tensor& seq_le
   const int32_t* lens = integers_of<int32_t>(seq_lens, "seq_lens", count);
   const int32_t* table = integers_of<int32_t>(block_table, "block_table", count);
   const int64_t num_blocks = kv_cache.size(0), max_blocks = block_table.size(1), stride = block_table.stride(0);
-  int64_t longest = 0;
   for (int64_t request = 0; request < count; ++request) {
     const int64_t query_len = int64_t{starts[request + 1]} - starts[request], seq_len = lens[request];
     TORCH_CHECK_VALUE(starts[request] >= 0 && query_len >= 0 && starts[request + 1] <= num_tokens &&
@@ -92,24 +91,17 @@ Requests requests_of(const at::Tensor& query_start_loc, const at::Tensor& seq_le
       TORCH_CHECK_VALUE(block >= 0 && block < num_blocks, "block_table names block ", block, " for request ", request,
                         "; the cache has ", num_blocks);
     }
-    longest = std::max(longest, seq_len);
   }
-  return {count, starts, lens, table, stride, longest};
+  return {count, starts, lens, table, stride};
 }
 
-Tokens tokens_of(const at::Tensor& positions, const at::Tensor& slot_mapping, int64_t num_tokens,
-                 const at::Tensor& kv_cache) {
-  const int64_t* position = integers_of<int64_t>(positions, "positions", num_tokens);
+const int64_t* slots_of(const at::Tensor& slot_mapping, int64_t num_tokens, const at::Tensor& kv_cache) {
   const int64_t* slot = integers_of<int64_t>(slot_mapping, "slot_mapping", num_tokens);
   const int64_t num_slots = kv_cache.size(0) * kv_cache.size(2);
-  int64_t longest = 0;
   for (int64_t token = 0; token < num_tokens; ++token) {
     TORCH_CHECK_VALUE(slot[token] < num_slots, "slot_mapping names slot ", slot[token], "; the cache has ", num_slots);
-    TORCH_CHECK_VALUE(position[token] >= 0 && position[token] < kMaxPositions, "positions holds ", position[token],
-                      "; it must be 0 or more, and less than ", kMaxPositions, ".");
-    longest = std::max(longest, position[token] + 1);
   }
-  return {num_tokens, position, slot, longest};
+  return slot;
 }
 
 namespace {
@@ -125,28 +117,43 @@ float scale_of(const std::optional<at::Tensor>& scale, const char* name) {
 
 }  // namespace
 
-Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size,
-               const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale) {
+Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, const std::optional<at::Tensor>& k_scale,
+               const std::optional<at::Tensor>& v_scale) {
   Layer layer{};
   set_shape(layer, rows.size(1), kv_cache.size(1), rows.size(2));
   layer.block_size = static_cast<int>(kv_cache.size(2));  // `cache_of` looked at it
-  layer.group_size = count_of(group_size, "group_size", 1, kMaxPositions);
   layer.k_scale = scale_of(k_scale, "k_scale");
   layer.v_scale = scale_of(v_scale, "v_scale");
   return layer;
 }
 
-void set_rotation(Layer& layer, const std::optional<at::Tensor>& cos_sin, bool interleaved, int64_t num_positions,
-                  int64_t longest) {
-  if (layer.group_size == 1) return;
-  TORCH_CHECK_VALUE(cos_sin.has_value(), "group_size is ", layer.group_size,
-                    ", and re-rotating needs params.rotation, which is None.");
+void set_group_sizes(Layer& layer, const std::optional<at::Tensor>& group_sizes,
+                     const std::optional<at::Tensor>& cos_sin, bool interleaved, const Requests& requests) {
+  if (!group_sizes.has_value()) return;
+  TORCH_CHECK_VALUE(cos_sin.has_value(),
+                    "params.group_sizes is given, and turning needs params.rotation, which is None.");
   TORCH_CHECK_VALUE(cos_sin->scalar_type() == at::kFloat && cos_sin->dim() == 2 && cos_sin->is_contiguous() &&
                         cos_sin->size(1) <= layer.head_size && cos_sin->size(1) % 2 == 0,
                     "params.rotation.cos_sin must be contiguous float32 [steps, an even number up to ", layer.head_size,
                     "]; it is ", cos_sin->sizes(), " of ", cos_sin->scalar_type());
-  TORCH_CHECK_VALUE(longest <= num_positions, "params.rotation.cos_sin has ", cos_sin->size(0), " rows, which reach ",
-                    num_positions, " positions; a sequence of this batch has ", longest);
+  const int32_t* sizes = integers_of<int32_t>(*group_sizes, "params.group_sizes.eighths", 0);
+  for (int64_t request = 0; request < requests.count; ++request) {
+    const int64_t end = requests.seq_lens[request];
+    const int64_t begin = end - (requests.query_start_loc[request + 1] - requests.query_start_loc[request]);
+    if (begin == end) continue;
+    TORCH_CHECK_VALUE(end <= group_sizes->numel(), "params.group_sizes has ", group_sizes->numel(),
+                      " positions; request ", request, " has ", end);
+    int64_t last = kEighths;
+    for (int64_t position = begin; position < end; last = sizes[position++]) {
+      TORCH_CHECK_VALUE(sizes[position] >= last, "params.group_sizes.eighths holds ", sizes[position], " at position ",
+                        position, "; it must be ", kEighths, " or more, and not fall.");
+    }
+    const int64_t farthest = std::max<int64_t>({end, layer.neighbor_window, kPanel});
+    const int64_t steps = farthest - kEighths * farthest / last + 1;
+    TORCH_CHECK_VALUE(steps <= cos_sin->size(0), "params.rotation.cos_sin has ", cos_sin->size(0), " rows; request ",
+                      request, " of ", end, " tokens and a group size of ", last, " eighths needs ", steps);
+  }
+  layer.group_sizes = sizes;
   layer.cos_sin = cos_sin->const_data_ptr<float>();
   layer.rotary_dim = static_cast<int>(cos_sin->size(1));
   layer.interleaved = interleaved;

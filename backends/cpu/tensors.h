@@ -27,25 +27,16 @@ Cache cache_of(const at::Tensor& kv_cache, int64_t num_kv_heads, int64_t head_si
 Requests requests_of(const at::Tensor& query_start_loc, const at::Tensor& seq_lens, const at::Tensor& block_table,
                      int64_t num_tokens, const at::Tensor& kv_cache);
 
-// The new tokens of a step, for storing: see interface.AttentionBatch.
-struct Tokens {
-  int64_t count;
-  const int64_t* positions;  // [count]
-  const int64_t* slots;      // [count]; negative: not stored
-  int64_t longest;           // the largest position + 1
-};
-
-Tokens tokens_of(const at::Tensor& positions, const at::Tensor& slot_mapping, int64_t num_tokens,
-                 const at::Tensor& kv_cache);
+// The slots of the new tokens of a step, [num_tokens]; negative: not stored.
+const int64_t* slots_of(const at::Tensor& slot_mapping, int64_t num_tokens, const at::Tensor& kv_cache);
 
 // The part of a layer that both calls need; `rows` are its queries or its keys.
-Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, int64_t group_size,
-               const std::optional<at::Tensor>& k_scale, const std::optional<at::Tensor>& v_scale);
+Layer layer_of(const at::Tensor& rows, const at::Tensor& kv_cache, const std::optional<at::Tensor>& k_scale,
+               const std::optional<at::Tensor>& v_scale);
 
-// Gives a layer that groups positions its rotation, which reaches `num_positions` positions of a sequence
-// (interface.AttentionParams.num_positions); the batch's longest sequence has `longest`.
-void set_rotation(Layer& layer, const std::optional<at::Tensor>& cos_sin, bool interleaved, int64_t num_positions,
-                  int64_t longest);
+// Gives a layer its group sizes, if it has any, and its rotation; they reach as far as a batch's requests need them.
+void set_group_sizes(Layer& layer, const std::optional<at::Tensor>& group_sizes,
+                     const std::optional<at::Tensor>& cos_sin, bool interleaved, const Requests& requests);
 
 // Gives a layer its sinks; what is returned holds them and must be kept.
 at::Tensor set_sinks(Layer& layer, const std::optional<at::Tensor>& sinks);

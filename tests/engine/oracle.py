@@ -38,10 +38,10 @@ LOCAL_ATTENTION = ("sliding_attention", "chunked_attention")
 class SelfExtend:
     """The paper's numbers; `exact_len` and `log_scale_len` as the project defines them, `group_size=1` no grouping.
 
-    With `group_size` None it follows the query's position, and `exact_len` is the trained length.
+    With `group_size` "auto" it follows the query's position, and `exact_len` is the trained length.
     """
 
-    group_size: int | None
+    group_size: int | str
     neighbor_window: int
     exact_len: int = 0
     log_scale_len: int = 0
@@ -50,7 +50,7 @@ class SelfExtend:
         """Eight times the group size of the query at a position."""
         if position < self.exact_len:
             return 8
-        if self.group_size is not None:
+        if isinstance(self.group_size, int):
             return 8 * self.group_size
         needed = math.ceil(8 * (position - self.neighbor_window) / (self.exact_len - self.neighbor_window - 1))
         return next(

@@ -15,7 +15,7 @@ from vllm_selfextend.backends.interface import (
     Rotation,
     num_rotation_steps,
 )
-from vllm_selfextend.positions import group_sizes
+from vllm_selfextend.positions import GroupSize, group_sizes
 from vllm_selfextend.rotary import cos_sin
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
@@ -33,7 +33,7 @@ VLLM_BATCHES = {
 VLLM_VARIANTS: dict[str, dict[str, Any]] = {
     "G 8, W 1024": {"group_size": 8, "neighbor_window": 1024, "exact_len": 2048},
     "G 5, W 180, soft cap, sinks": {"group_size": 5, "neighbor_window": 180, "soft_cap": 50.0, "has_sinks": True},
-    "automatic, L 1024": {"group_size": None, "exact_len": 1024, "neighbor_window": 256},
+    "automatic, L 1024": {"group_size": "auto", "exact_len": 1024, "neighbor_window": 256},
     "ordinary, sliding window": {"group_size": 1, "sliding_window": 256},
 }
 """Layers for such lengths."""
@@ -43,7 +43,7 @@ VLLM_VARIANTS: dict[str, dict[str, Any]] = {
 class Case:
     """An attention problem; `requests` holds `(query_len, seq_len)` of each request.
 
-    With `group_size` None group sizes follow the position, and `exact_len` is the trained length; 1 is no grouping.
+    With `group_size` "auto" group sizes follow the position, and `exact_len` is the trained length; 1 is no grouping.
     """
 
     requests: tuple[tuple[int, int], ...]
@@ -51,7 +51,7 @@ class Case:
     num_kv_heads: int = 2
     head_size: int = 32
     block_size: int = 16
-    group_size: int | None = 4
+    group_size: GroupSize = 4
     neighbor_window: int = 16
     exact_len: int = 0
     log_scale_len: int = 0
@@ -76,7 +76,10 @@ class Case:
     def params(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AttentionParams:
         """The layer, with a table of cosines and sines of `dtype`."""
         sizes = None if self.group_size == 1 else GroupSizes.of(self.group_sizes(), device)
-        steps = sizes and num_rotation_steps(len(sizes.eighths), sizes.largest, self.neighbor_window)
+        rotation = None
+        if sizes is not None:
+            steps = num_rotation_steps(len(sizes.eighths), sizes.largest, self.neighbor_window)
+            rotation = Rotation(cos_sin(self.frequencies(), 0, steps, dtype).to(device), self.interleaved)
         sinks = torch.randn(self.num_heads, generator=_generator(self, 1), dtype=torch.float64)
         return AttentionParams(
             scale=self.head_size**-0.5,
@@ -85,7 +88,7 @@ class Case:
             log_scale_len=self.log_scale_len,
             soft_cap=self.soft_cap,
             sliding_window=self.sliding_window,
-            rotation=steps and Rotation(cos_sin(self.frequencies(), 0, steps, dtype).to(device), self.interleaved),
+            rotation=rotation,
             sinks=sinks.to(device, dtype) if self.has_sinks else None,
             k_scale=torch.tensor(self.kv_scales[0], device=device),
             v_scale=torch.tensor(self.kv_scales[1], device=device),

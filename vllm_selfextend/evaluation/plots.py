@@ -12,9 +12,12 @@ from .loss import BLOCK
 from .methods import METHODS
 from .prompts import Row
 from .summary import block_losses, column, passkey_share
+from .tuning import group_sizes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from .tuning import Numbers
 
 COLORS = "cividis"  # told apart by people with any color vision, and in print
 CURVE_STEP = 1024
@@ -70,16 +73,16 @@ def plot_losses(rows: Sequence[Row], methods: Sequence[str], trained_length: int
 
 
 def plot_numbers(
-    costs: dict[tuple[int, int], float],
-    auto: tuple[int, int],
-    best: tuple[int, int],
+    costs: "dict[Numbers, float]",
+    auto: "Numbers",
+    best: "Numbers",
     label: str,
     path: Path,
     *,
     is_share: bool,
 ) -> None:
     """A heat map over group size and neighbor window; cells that were not tried stay empty."""
-    groups, windows = sorted({g for g, _ in costs}), sorted({w for _, w in costs})
+    groups, windows = group_sizes_of(costs), sorted({w for _, w in costs})
     figure = Figure(figsize=(2.2 + 0.75 * len(groups), 1.6 + 0.5 * len(windows)), layout="constrained")
     axes = figure.subplots()
     values = [[costs.get((g, w), float("nan")) for g in groups] for w in windows]

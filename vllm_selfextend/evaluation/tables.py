@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..positions import GroupSize
 from .intervals import Estimate, mean
 from .methods import METHODS
 from .prompts import Row
@@ -69,7 +70,7 @@ def loss_table(rows: Sequence[Row], methods: Sequence[str], trained_length: int)
     return table
 
 
-def numbers_table(search: Search, is_loss: bool, groups: Sequence[int]) -> Table:
+def numbers_table(search: Search, is_loss: bool, groups: Sequence[GroupSize]) -> Table:
     """What every cell tried costs: a row per neighbor window, a column per group size in `groups`."""
     windows = sorted({window for group, window in search.costs if group in groups})
     title = f"{measure(is_loss).capitalize()}, lower is better"

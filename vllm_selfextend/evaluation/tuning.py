@@ -2,14 +2,14 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ..positions import capacity, smallest_group_size
+from ..positions import GroupSize, capacity, largest_auto_window, smallest_group_size
 from .engine import ask
 from .intervals import LEVEL, Estimate, difference
 from .loss import BLOCK, mean_losses
@@ -19,8 +19,14 @@ from .records import write_json
 if TYPE_CHECKING:
     from vllm import LLM
 
-Numbers = tuple[int, int]
+Numbers = tuple[GroupSize, int]
 """Group size and neighbor window."""
+
+
+def group_sizes_of(costs: Iterable[Numbers]) -> list[GroupSize]:
+    """The group sizes of cells, "auto" first."""
+    return sorted({group_size for group_size, _ in costs}, key=lambda one: 0 if one == "auto" else one)
+
 
 WINDOW_SHARES = (1 / 16, 1 / 4, 1 / 2)
 """Of the trained length: the windows of the coarse grid."""
@@ -37,7 +43,7 @@ class Search:
     Attributes:
         trained_length: `L`, tokens.
         max_model_len: `N`, tokens.
-        auto: The numbers that the automatic choice takes; tried first.
+        auto: The numbers that are taken without a choice; tried first.
         costs: Of every cell tried: a value per prompt (0 found, 1 not found) or per block of text (mean loss per token
             past the trained length). Lower is better.
 
@@ -63,8 +69,8 @@ class Search:
     def best(self) -> Numbers:
         """The cell with the lowest mean; the automatic choice among equals."""
 
-        def order(numbers: Numbers) -> tuple[float, bool, Numbers]:
-            return fmean(self.costs[numbers]), numbers != self.auto, numbers
+        def order(numbers: Numbers) -> tuple[float, bool, str]:
+            return fmean(self.costs[numbers]), numbers != self.auto, str(numbers)
 
         return min(self.costs, key=order)
 
@@ -89,13 +95,15 @@ class Search:
 
     def _around(self, numbers: Numbers) -> Iterator[Numbers]:
         group_size, window = numbers
-        smaller = min(group_size - 1, round(group_size / GROUP_STEP))
-        larger = max(group_size + 1, round(group_size * GROUP_STEP))
-        yield from product(
-            (smaller, group_size, larger), (round(window * s) for s in (1 / WINDOW_STEP, 1, WINDOW_STEP))
-        )
+        groups: list[GroupSize] = [group_size]
+        if group_size != "auto":
+            groups.append(min(group_size - 1, round(group_size / GROUP_STEP)))
+            groups.append(max(group_size + 1, round(group_size * GROUP_STEP)))
+        yield from product(groups, (round(window * s) for s in (1 / WINDOW_STEP, 1, WINDOW_STEP)))
 
-    def _reaches(self, group_size: int, window: int) -> bool:
+    def _reaches(self, group_size: GroupSize, window: int) -> bool:
+        if group_size == "auto":
+            return 1 <= window <= largest_auto_window(self.trained_length)
         # Not every group size above one that reaches does: W // G falls in steps.
         is_allowed = group_size >= 2 and 1 <= window <= self.trained_length
         return is_allowed and capacity(self.trained_length, group_size, window) >= self.max_model_len
@@ -137,7 +145,7 @@ def try_numbers(
     """Change a running engine's numbers, put all prompts to it, and say what they cost (see `Search.costs`)."""
     llm.collective_rpc("change_numbers", args=numbers)
     if not llm.reset_prefix_cache():
-        raise RuntimeError("vLLM did not empty its prefix cache, whose keys are stored for the numbers before.")
+        raise RuntimeError("vLLM did not empty its prefix cache, whose keys follow from the numbers before.")
     costs: dict[str, list[float]] = {}
 
     def keep(prompt: Prompt, score: Row) -> None:
