@@ -116,10 +116,7 @@ class SelfExtendConfig:
             )
         if self.log_scale and length == 1:
             raise ValueError(f"{CONFIG_KEY}.log_scale is on, and the trained length 1 has no logarithm to scale by.")
-        if isinstance(self.neighbor_window, int):
-            window = self.neighbor_window
-        else:
-            window = default_window(length)
+        window = self.neighbor_window if isinstance(self.neighbor_window, int) else default_window(length)
         if window > length:
             raise ValueError(
                 f"{CONFIG_KEY}.neighbor_window is {window}, more than the trained length {length}: positions inside "

@@ -130,6 +130,22 @@ def test_a_model_is_not_changed_while_it_answers(model: PreTrainedModel, other_t
     assert torch.equal(logits(model, TEXTS[0]), before)
 
 
+def test_a_call_within_another(model: PreTrainedModel) -> None:
+    """In one thread, of the same model and of another; the outer one has weights to give afterwards."""
+    other = random_model(FAMILIES["llama"], seed=1)
+    for one in (model, other):
+        SelfExtend.apply(one, 4, 16)
+    wanted = [logits(one, TEXTS[0]) for one in (model, other)]
+    inner = []
+    for one in (model, other):
+        cache = Interrupted(model, lambda one=one: inner.append(logits(one, TEXTS[0])))
+        with torch.no_grad():
+            out = model(input_ids=TEXTS[0], past_key_values=cache, output_attentions=True)
+        assert torch.equal(out.logits, wanted[0])
+        assert len(out.attentions) == model.config.num_hidden_layers
+    assert torch.equal(torch.cat(inner), torch.cat(wanted))
+
+
 def test_after_a_call_that_raised(model: PreTrainedModel) -> None:
     """In the middle of a layer: whatever it left is no business of the next."""
     SelfExtend.apply(model, 4, 16)

@@ -67,7 +67,7 @@ class RotationTable:
 
     def __init__(self, rotation: ModelRotation, plan: ExtensionPlan) -> None:
         self._rotation, self._plan = rotation, plan
-        self._made: dict[torch.device, tuple[GroupSizes, Rotation]] = {}
+        self._made: dict[tuple[torch.device, int], tuple[GroupSizes, Rotation]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy may be for another device, and makes its own."""
@@ -75,15 +75,20 @@ class RotationTable:
 
     def reaching(self, num_positions: int, device: torch.device) -> tuple[GroupSizes, Rotation]:
         """The group size of `num_positions` positions at least, and the rotation with the rows that they need."""
-        made = self._made.get(device)
-        if made is None or len(made[0].eighths) < num_positions:
-            # Twice as many, so that a text that grows token by token does not make a table each time. Another thread
-            # may put fewer in their place meanwhile; these are long enough.
-            sizes = GroupSizes.of(self._plan.group_sizes(2 * num_positions), device)
-            steps = num_rotation_steps(len(sizes.eighths), sizes.largest, self._plan.neighbor_window)
-            rows = cos_sin(self._rotation.frequencies, 0, steps).to(device)
-            made = self._made[device] = sizes, Rotation(rows, self._rotation.interleaved)
-        return made
+        size = 64
+        while size < num_positions:  # comparisons are what torch.compile can follow for a length that it leaves open
+            size *= 2
+        self._make(size, device)
+        return self._made[device, size]
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that it is run, not compiled
+    def _make(self, size: int, device: torch.device) -> None:
+        if (device, size) in self._made:
+            return
+        sizes = GroupSizes.of(self._plan.group_sizes(size), device)
+        steps = num_rotation_steps(size, sizes.largest, self._plan.neighbor_window)
+        rows = cos_sin(self._rotation.frequencies, 0, steps).to(device)
+        self._made[device, size] = sizes, Rotation(rows, self._rotation.interleaved)
 
 
 @dataclass
