@@ -124,8 +124,9 @@ class SelfExtendConfig:
             )
         if self.group_size == "auto" and max_model_len > length and window > (most := largest_auto_window(length)):
             raise ValueError(
-                f"{CONFIG_KEY}.neighbor_window is {window}, and an automatic group_size leaves a quarter of the trained "
-                f"length {length} to the keys before it. Set neighbor_window to at most {most}, or group_size to a number."
+                f"{CONFIG_KEY}.neighbor_window is {window}, and an automatic group_size needs a quarter of the trained "
+                f"length {length} for the keys before it. Set neighbor_window to at most {most}, or group_size to a "
+                "number."
             )
         plan = ExtensionPlan(
             max_model_len=max_model_len,
