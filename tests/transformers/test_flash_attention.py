@@ -244,3 +244,10 @@ def test_heads_that_are_too_large() -> None:
     x = torch.zeros(1, 1, 3, 264, dtype=torch.float64)
     with pytest.raises(ValueError, match="the head size is 264, and FlashAttention takes up to 256"):
         flash.attend(x, x, x, Step.of(None, 3, 3, x.device), AttentionParams(1.0))
+
+
+def test_layers_without_group_sizes() -> None:
+    flash = FlashAttention(varlen_func, "cpu", (torch.float64,))
+    x = torch.zeros(1, 1, 3, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="group_sizes is None: ordinary attention needs no parts"):
+        flash.attend(x, x, x, Step.of(None, 3, 3, x.device), AttentionParams(1.0))

@@ -90,7 +90,7 @@ class FlashAttention:
             `[batch, rows, num_heads, head_size]`.
 
         Raises:
-            ValueError: FlashAttention does not take these tensors.
+            ValueError: FlashAttention does not take these tensors, or the layer has no group sizes.
 
         """
         if reason := self.unusable(query):
