@@ -76,7 +76,7 @@ def test_other_values_are_checked() -> None:
         read(trained_length="auto")
     with pytest.raises(ValueError, match="exact_short is 1; it must be true or false"):
         read(exact_short=1)
-    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, cpu, flash, triton, reference"):
+    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, cpu, triton, reference"):
         read(kernel="cuda")
     with pytest.raises(ValueError, match=r"additional_config\['self_extend'\] is 8; it must be a mapping"):
         SelfExtendConfig.from_additional_config({"self_extend": 8})
