@@ -2,8 +2,8 @@
 
 Every specialisation that serving a common model would compile is compiled, for each target, from the very launches that
 serving makes, on tensors without data. Shown are registers, spills, shared memory, and which matrix instructions the
-loop of the grouped keys has. The exit code is 1 if a loop that can be long spills or none has matrix instructions, if shared
-memory does not suffice, or if a kernel does not compile.
+loop of the grouped keys has. The exit code is 1 if a loop that can be long spills or one has no matrix instructions, if
+shared memory does not suffice, or if a kernel does not compile.
 
 Machine code is disassembled with the tools that Triton brings along. A loop is what lies between a label and a jump
 back to it; those with matrix instructions are, in their order, those of the grouped keys, of mixed tiles, of neighbors
@@ -127,7 +127,7 @@ class Compiled:
             if len(self.loops) != (4 if self.specialisation.is_grouped else 2):
                 found.append(f"{len(self.loops)} loops with matrix instructions")
             elif spills := sum(loop["spills"] for loop in self.long_loops):
-                found.append(f"{spills} spills in the grouped or the neighbors' loop")
+                found.append(f"{spills} spills in the loops of grouped keys or neighbors")
         return found
 
 
