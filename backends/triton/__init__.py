@@ -1,8 +1,9 @@
 """Self-Extend's kernels in Triton, for GPUs; under `TRITON_INTERPRET=1` they run on CPU tensors, slowly.
 
-Block interior: `[block_size, 2 * head_size]`, a token's key and then its value. float32, bfloat16, float16 and fp8 (e4m3) caches; products in the queries' dtype, sums in
-float32. Nothing here looks at device data or waits for it (`launches.py`), so that a captured graph can be replayed
-with other lengths. Importing this raises `ImportError` where Triton is not installed.
+Block interior: `[block_size, 2 * head_size]`, a token's key and then its value. float32, bfloat16, float16 and fp8
+(e4m3) caches; products in the queries' dtype, sums in float32. Nothing here looks at device data or waits for it
+(`launches.py`), so that a captured graph can be replayed with other lengths. Importing this raises `ImportError` where
+Triton is not installed.
 """
 
 import torch

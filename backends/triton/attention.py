@@ -180,8 +180,8 @@ def attention_kernel(
         if not HAS_SOFT_CAP:
             row_scale *= LOG2_E
 
-        # Up to `far_end` lie whole tiles of grouped keys, from `near_begin` on neighbors, of every row; up to `near_end`
-        # whole tiles of those that every row sees.
+        # Up to `far_end` lie whole tiles of every row's grouped keys; from `near_begin` on, neighbors of every row, up
+        # to `near_end` in whole tiles that every row sees.
         smallest = tl.full([], EIGHTHS, tl.int32)
         biggest = smallest
         near_begin = begin
@@ -221,6 +221,7 @@ def attention_kernel(
         table = block_table + request.to(tl.int64) * table_stride
         heads = kv_cache + kv_head.to(tl.int64) * cache_head_stride
 
+        # Of odd kinds some rows do not see all keys.
         FAR: tl.constexpr = 0
         MIXED: tl.constexpr = 1
         NEAR: tl.constexpr = 2
@@ -230,7 +231,7 @@ def attention_kernel(
         MASKS_DIMS: tl.constexpr = IS_WINDOWED or HEAD_SIZE_PADDED > HEAD_SIZE
         MASKS_PAIRS: tl.constexpr = IS_WINDOWED or HALF_PADDED > ROTARY_DIM // 2
         MASKS_RESTS: tl.constexpr = IS_WINDOWED or REST_PADDED > HEAD_SIZE - ROTARY_DIM
-        for kind in tl.static_range(FAR if GROUPED else NEAR, 4):
+        for kind in tl.static_range(FAR if GROUPED else NEAR, EDGE + 1):
             if kind == FAR:
                 tile_begin = begin
                 tile_end = far_end
@@ -259,10 +260,10 @@ def attention_kernel(
                     key_mask = keys < end
                     if IS_WINDOWED:  # slots that no row sees may hold anything, and 0 * nan is nan
                         key_mask &= keys > first_position - SLIDING_WINDOW
-                    if (kind == FAR or kind == NEAR) and not IS_WINDOWED:
-                        block = tl.load(table + keys // BLOCK_SIZE)
-                    else:
+                    if kind % 2 == 1 or IS_WINDOWED:
                         block = tl.load(table + keys // BLOCK_SIZE, mask=key_mask, other=0)
+                    else:
+                        block = tl.load(table + keys // BLOCK_SIZE)
                     slot = heads + block.to(tl.int64) * cache_block_stride + (keys % BLOCK_SIZE) * cache_token_stride
                     scores = tl.zeros([BLOCK_M, FAR_N if kind <= MIXED else NEAR_N], tl.float32)
                     if kind >= MIXED:
@@ -300,7 +301,7 @@ def attention_kernel(
                         scores = near
                     if HAS_SOFT_CAP:
                         scores = tanh(scores * (row_scale / soft_cap)[:, None]) * (soft_cap * LOG2_E)
-                    if kind == MIXED or kind == EDGE or IS_WINDOWED:
+                    if kind % 2 == 1 or IS_WINDOWED:
                         # From `end` on are another program's keys, where programs share a context.
                         seen = key_mask[None, :] & (distance >= 0)
                         if IS_WINDOWED:
@@ -327,7 +328,7 @@ def attention_kernel(
                     v = load(
                         slot[:, None] + HEAD_SIZE + dims,
                         v_mask,
-                        kind == MIXED or kind == EDGE or MASKS_DIMS,
+                        kind % 2 == 1 or MASKS_DIMS,
                         DTYPE,
                         IS_FP8,
                         HAS_FP8,

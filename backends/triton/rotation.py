@@ -84,9 +84,7 @@ def load_turned(
     With `IN_STEPS` cosines and sines are the first key's, turned on by those of the few steps from its lag to the
     others', for all tiles the same: a row for each key would be as many bytes as keys and values.
     """
-    first, second = load_pairs(
-        slot, key_mask, 1, MASKED, ROTARY_DIM, HALF_PADDED, INTERLEAVED, DTYPE, IS_FP8, HAS_FP8
-    )
+    first, second = load_pairs(slot, key_mask, 1, MASKED, ROTARY_DIM, HALF_PADDED, INTERLEAVED, DTYPE, IS_FP8, HAS_FP8)
     pairs = tl.arange(0, HALF_PADDED)[None, :]
     pair_mask = pairs < ROTARY_DIM // 2
     mask = key_mask[:, None] & pair_mask if MASKED else pair_mask
