@@ -37,7 +37,6 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from benchmarks import machine
 from benchmarks.layers import (
-    SHORTEST_TRAINED_LENGTH,
     DType,
     Heads,
     check_same,
@@ -45,10 +44,18 @@ from benchmarks.layers import (
     make_batch,
     rotation_table,
     three_digits,
-    trained_length,
 )
 from vllm_selfextend.backends import choose_kernels
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation, num_rotation_steps
+from vllm_selfextend.backends.interface import (
+    AttentionBatch,
+    AttentionParams,
+    GroupSizes,
+    Kernels,
+    Rotation,
+    num_rotation_steps,
+)
+from vllm_selfextend.config import MAX_AUTO_WINDOW
+from vllm_selfextend.positions import group_sizes
 
 SLOPE_FROM = 8192  # contexts long enough for time to grow with them in a straight line
 
@@ -104,13 +111,8 @@ class Case:
     load: Load
     heads: Heads
     dtype: torch.dtype
-    group_size: int
-    neighbor_window: int
+    trained_length: int
     block_size: int
-
-    @property
-    def trained_length(self) -> int:
-        return trained_length(self.load.context, self.group_size, self.neighbor_window)
 
     @property
     def num_blocks(self) -> int:
@@ -146,15 +148,16 @@ class SelfExtend:
     """A layer of ours and its cache; its methods prepare a call, and the call is what gets timed."""
 
     def __init__(self, case: Case, kernels: Kernels) -> None:
-        size = case.heads.head_size
-        num_steps = num_rotation_steps(case.load.context, case.group_size, case.neighbor_window)
+        size, length = case.heads.head_size, case.trained_length
+        window = min(length // 4, MAX_AUTO_WINDOW)
+        sizes = GroupSizes.of(group_sizes(case.load.context, length, window, "auto", length))
+        num_steps = num_rotation_steps(case.load.context, sizes.largest, window)
         self.kernels = kernels
         self.cache = case.make_cache()
         self.params = AttentionParams(
             scale=size**-0.5,
-            group_size=case.group_size,
-            neighbor_window=case.neighbor_window,
-            exact_len=case.trained_length,
+            group_sizes=sizes,
+            neighbor_window=window,
             rotation=Rotation(rotation_table(num_steps, size)),
         )
 
@@ -267,8 +270,7 @@ def make_row(case: Case, device: str, ours: float, stock: float) -> dict[str, An
         "dtype": dtype_name(case.dtype),
         **case.load._asdict(),
         **case.heads._asdict(),
-        "group_size": case.group_size,
-        "neighbor_window": case.neighbor_window,
+        "trained_length": case.trained_length,
         "self_extend_ms": ours,
         "vllm_ms": stock,
         "speedup": stock / ours,
@@ -331,8 +333,7 @@ def main(
     num_heads: Annotated[int, typer.Option(min=1, help='Of the cases of "issue" and of --store.')] = 32,
     num_kv_heads: Annotated[int, typer.Option(min=1, help="The same.")] = 8,
     head_size: Annotated[int, typer.Option(min=1, help="The same.")] = 128,
-    group_size: Annotated[int, typer.Option(min=1)] = 8,
-    neighbor_window: Annotated[int, typer.Option(min=1, max=SHORTEST_TRAINED_LENGTH - 1)] = 1024,
+    trained_length: Annotated[int, typer.Option(min=4, help="Longer contexts have grouped positions.")] = 4096,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per cache block.")] = 128,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line per case to this file.")] = None,
 ) -> None:
@@ -347,7 +348,7 @@ def main(
     loads += [(load, heads) for heads in OTHER_HEADS for load in SHAPES] if suite != "issue" else []
     loads += [(load, chosen) for load in STORE] if store else []
     cases = [
-        Case(load, heads, one, group_size, neighbor_window, block_size)
+        Case(load, heads, one, trained_length, block_size)
         for one in dtypes
         for load, heads in loads
         if max_context is None or load.context <= max_context

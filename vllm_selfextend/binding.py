@@ -60,7 +60,8 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: Group
     """Give a loaded model, and its draft if it has one, another group size and neighbor window.
 
     Past the first layer, keys in the cache follow from the numbers, so no request may be running and the caller has to
-    empty the prefix cache (`LLM.reset_prefix_cache`). A captured graph would keep the old numbers, so the engine has to be eager.
+    empty the prefix cache (`LLM.reset_prefix_cache`). A captured graph would keep the old numbers, so the engine has to
+    be eager.
 
     Raises:
         ValueError: The numbers do not reach the engine's `max_model_len`.
@@ -72,8 +73,8 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: Group
         raise RuntimeError("The numbers of a running engine can be changed only if it was started with enforce_eager.")
     if not plan.groups:
         raise RuntimeError(
-            f"Self-Extend is off in this engine, which serves {plan.max_model_len} tokens and groups none of them, so it "
-            "has no numbers to change."
+            f"Self-Extend is off in this engine, which serves {plan.max_model_len} tokens and groups none of them, so "
+            "it has no numbers to change."
         )
     if vllm_config.kv_transfer_config is not None:
         raise RuntimeError("The numbers of an engine whose keys leave it through a KV connector cannot be changed.")
@@ -116,7 +117,7 @@ def bind_model(
     untold = []
     for path, layer in layers.items():
         if is_draft and path not in probed:
-            layer.impl.bind(plan, None, None)
+            layer.impl.bind(plan)
             continue
         with _naming(name, path):
             if path not in probed:
@@ -128,7 +129,7 @@ def bind_model(
                     raise
                 untold.append(path)
         if rotation is None or isinstance(layer, ChunkedLocalAttention):
-            layer.impl.bind(plan, None, None)
+            layer.impl.bind(plan)
             continue
         key = rotation.frequencies.numpy().tobytes()
         if key not in tables:

@@ -129,8 +129,9 @@ class SelfExtendConfig:
             )
         if self.group_size == "auto" and max_model_len > length and window > (most := largest_auto_window(length)):
             raise ValueError(
-                f"{CONFIG_KEY}.neighbor_window is {window}, and an automatic group_size leaves a quarter of the trained "
-                f"length {length} to the keys before it. Set neighbor_window to at most {most}, or group_size to a number."
+                f"{CONFIG_KEY}.neighbor_window is {window}, and an automatic group_size needs a quarter of the trained "
+                f"length {length} for the keys before it. Set neighbor_window to at most {most}, or group_size to a "
+                "number."
             )
         plan = ExtensionPlan(
             max_model_len=max_model_len,
@@ -181,4 +182,4 @@ def _too_long(plan: ExtensionPlan, reach: int) -> str:
     group = smallest_group_size(plan.trained_length, plan.neighbor_window, plan.max_model_len)
     if group is None:
         return message + f"No group size is enough with this window: set neighbor_window below {plan.trained_length}."
-    return message + f"Leave group_size out, set it to {group} or more, or max_model_len to at most {reach}."
+    return message + f"Set group_size to {group} or more or leave it out, or max_model_len to at most {reach}."

@@ -1,10 +1,10 @@
 """Keys that leave a process say what they are.
 
 How a key lies in a slot depends on how a kernel set lays out a block, and what it is, past the first layer, on every
-number that changes what queries see; not on the served length. vLLM's KV connectors know none of it: files and stores go by
-a hash of the tokens and the model's name, and so do the handshakes of peers (`vllm/v1/kv_offload/file_mapper.py`,
-`vllm/distributed/kv_transfer/kv_connector/v1/`). So a connector is given a config whose model name says all of it, and
-finds nothing of other numbers or another layout, nor of stock vLLM.
+number that changes what queries see; not on the served length. vLLM's KV connectors know none of it: files and stores
+go by a hash of the tokens and the model's name, and so do the handshakes of peers
+(`vllm/v1/kv_offload/file_mapper.py`, `vllm/distributed/kv_transfer/kv_connector/v1/`). So a connector is given a config
+whose model name says all of it, and finds nothing of other numbers or another layout, nor of stock vLLM.
 """
 
 import copy

@@ -25,7 +25,7 @@ class ExtensionPlan:
         trained_length: `L`, tokens.
         group_size: `G`; "auto" follows the query's position.
         neighbor_window: `W`, tokens.
-        exact_short: Whether queries within the trained length get the unmodified model's attention; with "auto" they do.
+        exact_short: Whether queries within the trained length get the unmodified model's attention; always with "auto".
         log_scale_len: Queries past it are scaled up by the logarithm of their position, tokens; 0 is off.
         kernel: The kernel set; in a plan that was written no longer `"auto"`.
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends import cpu, reference
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, Rotation
 from vllm_selfextend.backends.limits import MAX_POSITIONS
+from vllm_selfextend.positions import largest_auto_window
 
 from .cases import TOLERANCE, Case, Problem, Step, expected, run
 from .cpu_kernels import KERNELS, CPUKernels
@@ -105,6 +106,20 @@ def test_few_queries_over_keys_that_turn(kernels: str, rows: int) -> None:
         check(kernels, case, torch.bfloat16)
 
 
+def fixed_sizes() -> st.SearchStrategy[dict[str, Any]]:
+    windows, exact_lens = st.integers(1, 100), st.sampled_from([0, 1, 17, 64, 200])
+    return st.fixed_dictionaries(
+        {"group_size": st.integers(1, 40), "neighbor_window": windows, "exact_len": exact_lens}
+    )
+
+
+@st.composite
+def automatic_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    trained_length = draw(st.integers(3, 60))
+    window = draw(st.integers(1, largest_auto_window(trained_length)))
+    return {"group_size": "auto", "neighbor_window": window, "exact_len": trained_length}
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     length = st.integers(1, 90)
@@ -116,9 +131,7 @@ def cases(draw: st.DrawFn) -> Case:
         num_kv_heads=num_kv_heads,
         head_size=draw(st.sampled_from([32, 48, 80])),
         block_size=draw(st.sampled_from([16, 32, 64])),
-        group_size=draw(st.integers(1, 40)),
-        neighbor_window=draw(st.integers(1, 100)),
-        exact_len=draw(st.sampled_from([0, 1, 17, 64, 200])),
+        **draw(fixed_sizes() | automatic_sizes()),
         log_scale_len=draw(st.sampled_from([0, 20])),
         soft_cap=draw(st.sampled_from([0.0, 1.5])),
         sliding_window=draw(st.sampled_from([0, 1, 30])),
@@ -261,13 +274,6 @@ def test_negative_slots_are_not_stored(kernels: str) -> None:
     assert kv_cache[1].count_nonzero() == pytest.approx(2 * 2 * key[0].numel(), rel=0.05)
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
-def test_grouping_without_a_rotation_is_an_error(kernels: str) -> None:
-    key, batch = torch.ones(3, 2, 32), three_tokens(slot_mapping=torch.arange(3))
-    with pytest.raises(ValueError, match=r"group_size is 4.*params\.rotation, which is None"):
-        KERNELS[kernels].store_kv(key, key, torch.zeros(2, 2, 16, 64), batch, AttentionParams(1.0, group_size=4))
-
-
 @pytest.mark.parametrize("kernels", [reference, *KERNELS.values()], ids=["reference", *KERNELS])
 def test_sinks_and_scales_may_change_in_place(kernels: Kernels) -> None:
     check_changes_in_place(kernels)
@@ -306,7 +312,20 @@ def three_tokens(**changes: Any) -> AttentionBatch:
     return AttentionBatch(**{**fields, **changes})
 
 
-ROTATION = Rotation(torch.zeros(100, 32))
+SIZES = GroupSizes.of(torch.full((17,), 32))
+
+
+def grouping(cos_sin: torch.Tensor | None, eighths: torch.Tensor = SIZES.eighths) -> SimpleNamespace:
+    """What an operator is asked for a layer that groups positions, without the checks of `AttentionParams`."""
+    good = AttentionParams(1.0, SIZES, rotation=Rotation(torch.zeros(14, 32)))
+    rotation = None if cos_sin is None else Rotation(cos_sin)
+    sizes = replace(SIZES, eighths=eighths)
+    return SimpleNamespace(
+        **{field.name: getattr(good, field.name) for field in fields(good)}
+        | {"rotation": rotation, "group_sizes": sizes}
+    )
+
+
 WRONG_ATTENTION = {
     "block_table names block 2 for request 0; the cache has 2": {"block_table": torch.tensor([[2]]).int()},
     "request 0 has the queries 0 to 4 of 3": {"query_start_loc": torch.tensor([0, 4]).int()},
@@ -321,18 +340,33 @@ WRONG_ATTENTION = {
         "query": torch.zeros(3, 4, 24),
         "kv_cache": torch.zeros(2, 2, 16, 48),
     },
-    "cos_sin has 9 rows, which reach 0 positions; a sequence of this batch has 3": {
-        "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(9, 32)))
+    "turning needs params.rotation, which is None": {"params": grouping(None)},
+    "cos_sin has 9 rows; request 0 of 3 tokens and a group size of 32 eighths needs 13": {
+        "params": grouping(torch.zeros(9, 32))
     },
-    "cos_sin has 13 rows, which reach 16 positions; a sequence of this batch has 17": {
+    "cos_sin has 13 rows; request 0 of 17 tokens and a group size of 32 eighths needs 14": {
         "seq_lens": torch.tensor([17]).int(),
         "block_table": torch.tensor([[1, 0]]).int(),
-        "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(13, 32))),
+        "params": grouping(torch.zeros(13, 32)),
+    },
+    "params.group_sizes has 17 positions; request 0 has 18": {
+        "seq_lens": torch.tensor([18]).int(),
+        "block_table": torch.tensor([[1, 0]]).int(),
+        "params": grouping(torch.zeros(100, 32)),
+    },
+    "eighths holds 7 at position 0; it must be 8 or more": {
+        "params": grouping(torch.zeros(100, 32), torch.full((17,), 7).int())
+    },
+    "eighths holds 9 at position 2; it must be 8 or more, and not fall": {
+        "params": grouping(torch.zeros(100, 32), torch.tensor([8, 10, 9]).int())
+    },
+    "group_sizes.eighths must hold 0 contiguous values of Int": {
+        "params": grouping(torch.zeros(100, 32), torch.full((17,), 32))
     },
     "cos_sin must be contiguous float32 .steps, an even number up to 32.; it is .100, 34.": {
-        "params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(100, 34)))
+        "params": grouping(torch.zeros(100, 34))
     },
-    "it is .100, 32. of Double": {"params": AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(100, 32).double()))},
+    "it is .100, 32. of Double": {"params": grouping(torch.zeros(100, 32).double())},
     "sinks must be 4 floating-point values": {"params": AttentionParams(1.0, sinks=torch.zeros(3))},
     "k_scale must be one float32": {"params": AttentionParams(1.0, k_scale=torch.ones(2))},
     "v_scale is 0; it must be positive and finite": {"params": AttentionParams(1.0, v_scale=torch.zeros(1))},
@@ -346,15 +380,13 @@ def test_wrong_arguments_of_attention_are_errors(message: str) -> None:
     wrong = dict(WRONG_ATTENTION[message])
     query = wrong.pop("query", torch.zeros(3, 4, 32))
     kv_cache = wrong.pop("kv_cache", torch.zeros(2, 2, 16, 64))
-    params = wrong.pop("params", AttentionParams(1.0, 4, rotation=ROTATION))
+    params = wrong.pop("params", grouping(torch.zeros(100, 32)))
     with pytest.raises(ValueError, match=message):
         cpu.attention(query, kv_cache, three_tokens(**wrong), params, torch.zeros_like(query))
 
 
 RANGES = {
-    "group_size": (1, MAX_POSITIONS),
     "neighbor_window": (1, MAX_POSITIONS),
-    "exact_len": (0, MAX_POSITIONS),
     "log_scale_len": (0, MAX_POSITIONS),
     "sliding_window": (0, MAX_POSITIONS),
 }
@@ -363,21 +395,20 @@ RANGES = {
 @pytest.mark.parametrize("name", RANGES)
 def test_numbers_out_of_their_range_are_errors(name: str) -> None:
     """Of the operators too, which anyone can call: cast to an int they would be others, negative ones among them."""
-    good = AttentionParams(1.0, 4, rotation=ROTATION)
     query, kv_cache = torch.zeros(3, 4, 32), torch.zeros(2, 2, 16, 64)
     for value in (RANGES[name][0] - 1, RANGES[name][1] + 1, 2**32 + 4):
-        wrong = SimpleNamespace(**{field.name: getattr(good, field.name) for field in fields(good)}, num_positions=64)
+        wrong = grouping(torch.zeros(100, 32))
         setattr(wrong, name, value)
         with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
             cpu.attention(query, kv_cache, three_tokens(), wrong, torch.empty_like(query))
-        if name == "group_size":
-            with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
-                cpu.store_kv(query[:, :2], query[:, :2], kv_cache, three_tokens(), wrong)
+
+
+SLIDES = {"sliding_window": MAX_POSITIONS}
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_largest_numbers(kernels: str) -> None:
-    for largest in ({"group_size": MAX_POSITIONS}, {"exact_len": MAX_POSITIONS}, {"sliding_window": MAX_POSITIONS}):
+    for largest in ({"group_size": MAX_POSITIONS}, {"neighbor_window": MAX_POSITIONS, "group_size": 1}, SLIDES):
         check(kernels, Case(((40, 90), (1, 50)), **largest), torch.float32)
 
 
@@ -385,15 +416,6 @@ def test_wrong_arguments_of_store_are_errors() -> None:
     key, kv_cache, params = torch.zeros(3, 2, 32), torch.zeros(2, 2, 16, 64), AttentionParams(1.0)
     with pytest.raises(ValueError, match="slot_mapping names slot 32; the cache has 32"):
         cpu.store_kv(key, key, kv_cache, three_tokens(slot_mapping=torch.tensor([0, 1, 32])), params)
-    far = SimpleNamespace(positions=torch.tensor([0, 1, MAX_POSITIONS]), slot_mapping=torch.arange(3))
-    with pytest.raises(ValueError, match=f"positions holds {MAX_POSITIONS}; it must be 0 or more, and less than"):
-        cpu.store_kv(key, key, kv_cache, far, params)
-    with pytest.raises(ValueError, match="positions holds -1"):
-        cpu.store_kv(key, key, kv_cache, three_tokens(seq_lens=torch.tensor([2]).int()), params)
-    short = AttentionParams(1.0, 4, rotation=Rotation(torch.zeros(13, 32)))
-    with pytest.raises(ValueError, match="has 13 rows, which reach 16 positions; a sequence of this batch has 17"):
-        cpu.store_kv(key, key, kv_cache, three_tokens(seq_lens=torch.tensor([17]).int()), short)
-    cpu.store_kv(key, key, kv_cache, three_tokens(seq_lens=torch.tensor([16]).int()), short)
     with pytest.raises(ValueError, match="instruction_set is 'mmx'; this machine runs"):
         CPUKernels("mmx").store_kv(key, key, kv_cache, three_tokens(), params)
 

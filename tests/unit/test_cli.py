@@ -36,9 +36,10 @@ def plan(*arguments: object) -> dict:
 def test_plan_of_the_demo_model() -> None:
     report = plan(MODEL_DIR, "--max-model-len", 4096)
     assert report["supported"] is True
-    assert (report["trained_length"], report["neighbor_window"], report["group_size"]) == (256, 64, 38)
-    assert report["capacity"] >= 4096
-    assert report["rule_share"] == pytest.approx((64 + (4096 - 64) / 38) / 256)
+    assert (report["trained_length"], report["neighbor_window"], report["group_size"]) == (256, 64, "auto")
+    assert report["capacity"] is None
+    sizes = {"256": 1.0, "512": 2.5, "1024": 5.5, "2048": 11.0, "4096": 22.0}
+    assert report["group_sizes"] == sizes
     # 4 layers, keys and values, 2 heads of 32; vLLM serves float32 checkpoints in 16 bits.
     assert report["kv_bytes_per_token"] == 4 * 2 * 2 * 32 * 2
     assert report["kv_bytes_per_sequence"] == 4096 * report["kv_bytes_per_token"]
@@ -47,21 +48,13 @@ def test_plan_of_the_demo_model() -> None:
 def test_plan_prints_a_table_and_the_command() -> None:
     result = invoke("plan", MODEL_DIR, "--max-model-len", 4096)
     assert result.exit_code == 0
-    for text in ("trained length L", "256 tokens", "two thirds", "--attention-backend CUSTOM --max-model-len 4096"):
+    for text in ("trained length L", "256 tokens", "22 at 4,096", "--attention-backend CUSTOM --max-model-len 4096"):
         assert text in result.stdout
-
-
-def test_plan_does_not_warn_of_its_own_choice() -> None:
-    """Here `W + (N - W) / G` is two thirds of `L` to the last digit, which floats miss."""
-    result = invoke("plan", MODEL_DIR, "--trained-length", 4096, "--max-model-len", 16384)
-    assert "0.67, between one half and two thirds" in result.stdout
-    result = invoke("plan", MODEL_DIR, "--trained-length", 4096, "--max-model-len", 16384 + 1, "--group-size", 9)
-    assert "0.67, above two thirds" in result.stdout
 
 
 def test_plan_with_the_users_numbers() -> None:
     report = plan(MODEL_DIR, "--max-model-len", 1600, "--group-size", 8, "--neighbor-window", 64)
-    assert (report["capacity"], report["reason"]) == (1600, "group size and neighbor window set by the user")
+    assert (report["capacity"], report["group_sizes"]["1600"]) == (1600, 8.0)
     assert plan(MODEL_DIR, "--max-model-len", 4096, "--trained-length", 512)["trained_length"] == 512
 
 
@@ -75,14 +68,16 @@ def write_config(folder: Path, **changes: object) -> Path:
 def test_plan_prints_a_command_for_the_shell(tmp_path: Path) -> None:
     model = write_config(tmp_path / "it's mine")
     arguments = {"dtype": "float32", "enforce_eager": True, "hf_overrides": {"a b": 1}, "enable_prefix_caching": False}
-    result = invoke("plan", model, "--max-model-len", "4k", "--engine-args", json.dumps(arguments))
+    options = "--max-model-len", "4k", "--engine-args", json.dumps(arguments)
+    result = invoke("plan", model, *options, "--neighbor-window", 48)
     command = shlex.split(result.stdout[result.stdout.index("vllm serve") :])
     assert command[:3] == ["vllm", "serve", str(model)]
     assert command[command.index("--max-model-len") + 1] == "4000"
     assert command[command.index("--dtype") + 1] == "float32"
     assert json.loads(command[command.index("--hf-overrides") + 1]) == {"a b": 1}
     assert {"--enforce-eager", "--no-enable-prefix-caching"} < set(command)
-    assert json.loads(command[command.index("--additional-config") + 1])["self_extend"]["neighbor_window"] == 64
+    assert json.loads(command[command.index("--additional-config") + 1])["self_extend"] == {"neighbor_window": 48}
+    assert "--additional-config" not in invoke("plan", model, *options).stdout, "there is nothing to choose"
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("4k", 4000), ("4K", 4096), ("4096", 4096), ("1.5k", 1500)])

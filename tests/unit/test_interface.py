@@ -1,50 +1,45 @@
-"""A re-rotation table's rows and the positions that they reach: each follows from the other."""
+"""What reaches no kernel: numbers out of range, tables that are too short or fall."""
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import (
     AttentionBatch,
     AttentionParams,
+    GroupSizes,
     Rotation,
+    lag,
     num_rotation_steps,
 )
 from vllm_selfextend.backends.limits import MAX_POSITIONS
 
-GROUPS = st.integers(2, 5000)
-WINDOWS = st.integers(1, 100_000)
+
+def sizes(num_positions: int, eighths: int) -> GroupSizes:
+    return GroupSizes.of(torch.full((num_positions,), eighths))
 
 
-def layer(rows: int, group_size: int, neighbor_window: int) -> AttentionParams:
-    return AttentionParams(1.0, group_size, neighbor_window, rotation=Rotation(torch.empty(rows, 2)))
+@given(st.integers(1, 5000), st.integers(8, 5000), st.integers(1, 100_000))
+def test_a_layer_has_the_rows_that_its_positions_need(num_positions: int, eighths: int, neighbor_window: int) -> None:
+    rows = num_rotation_steps(num_positions, eighths, neighbor_window)
+    positions = torch.tensor([num_positions - 1, neighbor_window, 16])
+    assert int(lag(positions, eighths).max()) < rows
+    given = sizes(num_positions, eighths)
+    AttentionParams(1.0, given, neighbor_window, rotation=Rotation(torch.empty(rows, 2)))
+    with pytest.raises(ValueError, match=rf"cos_sin has {rows - 1} rows; the {num_positions} positions .* need {rows}"):
+        AttentionParams(1.0, given, neighbor_window, rotation=Rotation(torch.empty(rows - 1, 2)))
 
 
-@given(st.integers(0, 1_000_000), GROUPS, WINDOWS)
-def test_a_table_for_so_many_positions_reaches_them(num_positions: int, group_size: int, neighbor_window: int) -> None:
-    rows = num_rotation_steps(num_positions, group_size, neighbor_window)
-    assert layer(rows, group_size, neighbor_window).num_positions >= num_positions
+def test_grouping_without_a_rotation_reaches_no_kernel() -> None:
+    with pytest.raises(ValueError, match=r"turning needs params\.rotation, which is None"):
+        AttentionParams(1.0, sizes(3, 32))
 
 
-@given(st.integers(0, 1_000_000), GROUPS, WINDOWS)
-@example(0, 2, 1)
-@example(1, 2, 1)
-@example(13, 4, 1)  # 16 keys after another need 13 rows
-@example(12, 4, 1)
-def test_a_table_reaches_no_more_than_its_rows(rows: int, group_size: int, neighbor_window: int) -> None:
-    num_positions = layer(rows, group_size, neighbor_window).num_positions
-    if rows < num_rotation_steps(0, group_size, neighbor_window):
-        assert num_positions == 0
-    else:
-        assert num_rotation_steps(num_positions, group_size, neighbor_window) <= rows
-        assert rows < num_rotation_steps(num_positions + 1, group_size, neighbor_window)
-
-
-def test_positions_are_int32_however_long_the_table() -> None:
-    table = torch.empty(1, 2).expand(2**32, 2)
-    assert AttentionParams(1.0, 4, rotation=Rotation(table)).num_positions == MAX_POSITIONS
-    assert AttentionParams(1.0).num_positions == MAX_POSITIONS
+@pytest.mark.parametrize("eighths", [[], [7, 8], [8, 10, 9]])
+def test_a_table_that_falls_or_holds_less_than_one_is_refused(eighths: list[int]) -> None:
+    with pytest.raises(ValueError, match="must hold 8 or more eighths for each position, and not fall"):
+        GroupSizes.of(torch.tensor(eighths))
 
 
 @pytest.mark.parametrize(
@@ -53,9 +48,7 @@ def test_positions_are_int32_however_long_the_table() -> None:
         *(
             ({name: value}, f"params.{name} is {value}; it must be from {least} to {MAX_POSITIONS}")
             for name, least in {
-                "group_size": 1,
                 "neighbor_window": 1,
-                "exact_len": 0,
                 "log_scale_len": 0,
                 "sliding_window": 0,
             }.items()
@@ -79,8 +72,3 @@ def test_a_length_out_of_its_range_reaches_no_kernel(name: str) -> None:
     for value in (-1, MAX_POSITIONS + 1):
         with pytest.raises(ValueError, match=f"batch.{name} is {value}; it must be from 0 to {MAX_POSITIONS}"):
             AttentionBatch(none, none, none, none, **{"max_query_len": 1, "max_seq_len": 1, name: value})
-
-
-def test_grouping_without_a_rotation_reaches_nothing() -> None:
-    with pytest.raises(ValueError, match=r"group_size is 4.*params\.rotation, which is None"):
-        _ = AttentionParams(1.0, 4).num_positions

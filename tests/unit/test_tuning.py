@@ -12,7 +12,7 @@ from vllm_selfextend.evaluation.prompts import Prompt
 from vllm_selfextend.evaluation.tables import distance_from_auto, numbers_table
 from vllm_selfextend.evaluation.tuning import Numbers, Search, check_differs
 from vllm_selfextend.evaluation.user_prompts import UserTask
-from vllm_selfextend.positions import capacity
+from vllm_selfextend.positions import capacity, largest_auto_window
 
 
 def search(length: int, reach: int) -> Search:
@@ -33,6 +33,9 @@ def test_only_what_reaches_is_tried_and_once(length: int, times: int, seed: int)
     assert tried[0] == one.auto
     assert len(set(tried)) == len(tried) == len(one.costs)
     for group_size, window in tried:
+        if group_size == "auto":
+            assert 1 <= window <= largest_auto_window(length)
+            continue
         assert group_size >= 2
         assert 1 <= window <= length
         assert capacity(length, group_size, window) >= length * times
@@ -43,7 +46,13 @@ def test_the_search_goes_to_where_it_is_best() -> None:
     """A bowl whose bottom is in no coarse cell."""
     one = search(8192, 32768)
     bottom = 9, 3000
-    one.run(lambda numbers: [sum(abs(math.log(a / b)) for a, b in zip(numbers, bottom, strict=True))] * 2, 60.0)
+
+    def costs_of(numbers: Numbers) -> list[float]:
+        if numbers[0] == "auto":
+            return [9.0, 9.0]
+        return [sum(abs(math.log(a / b)) for a, b in zip(numbers, bottom, strict=True))] * 2
+
+    one.run(costs_of, 60.0)
     group_size, window = one.best
     assert group_size in (8, 9, 10)
     assert 2300 < window < 3900
@@ -54,7 +63,7 @@ def test_equals_are_the_automatic_choice() -> None:
     one = search(256, 4096)
     one.run(lambda numbers: [0.0] * 8, 60.0)
     assert one.best == one.auto
-    assert "is the automatic choice: G 38, W 64" in distance_from_auto(one)
+    assert "is the automatic choice: G auto, W 64" in distance_from_auto(one)
 
 
 def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +93,7 @@ def test_noise_is_not_called_a_difference() -> None:
     one.costs = {one.auto: [2.0, 3.0, 4.0] * 5, (30, 64): [1.0, 2.0, 3.1] * 5}
     assert "no difference" not in distance_from_auto(one)
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(numbers_table(one, True, [30, 38]))
+    console.print(numbers_table(one, True, ["auto", 30]))
     shown = console.export_text()
     assert "2.033 *" in shown
     assert "3.000 a" in shown

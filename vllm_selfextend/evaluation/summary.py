@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..positions import GroupSize
 from .intervals import Estimate, difference, mean, share
 from .loss import mean_losses
 from .prompts import Row
@@ -54,3 +55,8 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
                 cell["above_self_extend"] = difference(blocks, ours).as_json()
             losses.append(cell)
     return {"passkey": shares, "loss": losses}
+
+
+def group_sizes_of(numbers: Iterable[tuple[GroupSize, int]]) -> list[GroupSize]:
+    """The group sizes among pairs of them and a window, "auto" first."""
+    return sorted({group_size for group_size, _ in numbers}, key=lambda one: 0 if one == "auto" else one)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 
 Numbers = tuple[GroupSize, int]
 """Group size and neighbor window."""
-
-
-def group_sizes_of(costs: Iterable[Numbers]) -> list[GroupSize]:
-    """The group sizes of cells, "auto" first."""
-    return sorted({group_size for group_size, _ in costs}, key=lambda one: 0 if one == "auto" else one)
 
 
 WINDOW_SHARES = (1 / 16, 1 / 4, 1 / 2)
