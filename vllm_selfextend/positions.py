@@ -68,7 +68,7 @@ def group_sizes(
     if group_size != "auto":
         eighths = torch.full_like(positions, EIGHTHS * group_size)
     else:
-        reach = trained_length - neighbor_window - 1
+        reach = max(1, trained_length - neighbor_window - 1)  # a wider window is allowed where no text goes past L
         eighths = -(-EIGHTHS * (positions - neighbor_window) // reach)
         eighths = eighths.clamp(min=EIGHTHS + 1)
         # frexp says how many bits they have.
