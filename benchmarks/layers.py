@@ -13,8 +13,7 @@ from vllm_selfextend.backends.interface import (
     Rotation,
     num_rotation_steps,
 )
-from vllm_selfextend.config import MAX_AUTO_WINDOW
-from vllm_selfextend.positions import group_sizes
+from vllm_selfextend.positions import default_window, group_sizes
 from vllm_selfextend.rotary import cos_sin
 
 ROPE_BASE = 10000.0
@@ -46,7 +45,7 @@ def extended_layer(
     head_size: int, context: int, trained_length: int, device: torch.device | str = "cpu"
 ) -> AttentionParams:
     """A layer with automatic group sizes up to `context`, all dimensions rotated."""
-    window = min(trained_length // 4, MAX_AUTO_WINDOW)
+    window = default_window(trained_length)
     sizes = GroupSizes.of(group_sizes(context, trained_length, window, "auto", trained_length), device)
     frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     table = cos_sin(frequencies, 0, num_rotation_steps(context, sizes.largest, window))
