@@ -100,7 +100,7 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
         return Tiles(rows, *((32, 64) if head_size <= 128 else (16, 32)), 2, 2, 8 if rows > 32 else 4)
     if head_size <= 128:
         return Tiles(rows, 32, 64, 5, 5, num_warps)
-    return Tiles(rows, 16, 32, 1 if is_fp8 and device.is_cuda(120) else 3, 5, 8)
+    return Tiles(rows, 16, 32, 1 if is_fp8 and device.is_cuda(120) else 3, 3, 8)
 
 
 def prefill_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
