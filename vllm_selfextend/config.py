@@ -9,9 +9,7 @@ from typing import Any, Literal
 from .backends import KERNEL_CHOICES
 from .backends.limits import MAX_POSITIONS
 from .plan import CONFIG_KEY, ExtensionPlan
-from .positions import GroupSize, as_count, largest_auto_window, smallest_group_size
-
-MAX_AUTO_WINDOW = 1024
+from .positions import GroupSize, as_count, default_window, largest_auto_window, smallest_group_size
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,7 @@ class SelfExtendConfig:
             )
         if self.log_scale and length == 1:
             raise ValueError(f"{CONFIG_KEY}.log_scale is on, and the trained length 1 has no logarithm to scale by.")
-        if isinstance(self.neighbor_window, int):
-            window = self.neighbor_window
-        else:
-            window = min(max(length // 4, 1), MAX_AUTO_WINDOW)
+        window = self.neighbor_window if isinstance(self.neighbor_window, int) else default_window(length)
         if window > length:
             raise ValueError(
                 f"{CONFIG_KEY}.neighbor_window is {window}, more than the trained length {length}: positions inside "

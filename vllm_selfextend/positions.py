@@ -34,6 +34,11 @@ def relative_position(query: int, key: int, eighths: int, neighbor_window: int) 
     return grouped_query + neighbor_window - grouped_window - grouped_key
 
 
+def default_window(trained_length: int) -> int:
+    """The neighbor window that nobody has chosen: a quarter of `L`, at most 1,024 tokens."""
+    return min(max(trained_length // 4, 1), 1024)
+
+
 def largest_auto_window(trained_length: int) -> int:
     """The largest neighbor window with which group sizes may be automatic: it leaves a quarter of `L` to far keys."""
     return trained_length - 1 - -(-trained_length // 4)
@@ -63,7 +68,7 @@ def group_sizes(
     if group_size != "auto":
         eighths = torch.full_like(positions, EIGHTHS * group_size)
     else:
-        reach = trained_length - neighbor_window - 1
+        reach = max(1, trained_length - neighbor_window - 1)  # a wider window is allowed where no text goes past L
         eighths = -(-EIGHTHS * (positions - neighbor_window) // reach)
         eighths = eighths.clamp(min=EIGHTHS + 1)
         # frexp says how many bits they have.

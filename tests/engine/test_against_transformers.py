@@ -14,8 +14,8 @@ from .comparison import check, prompts
 from .models import TRAINED_LENGTH, random_prompts
 from .oracle import SelfExtend
 
-# Group sizes that divide the window and that do not; capacities (64 - W + W // G) * G.
-DIVIDES, ODD = (4, 16, 208), (5, 18, 245)
+# A group size for the paper to the letter, whose capacity is (64 - W + W // G) * G, and one that follows the position.
+FIXED, AUTO = (4, 16, 208), ("auto", 18, 245)
 
 CUT = {
     "LlamaForCausalLM": "halves as pairs, on all dimensions",
@@ -44,9 +44,8 @@ CUT = {
 @pytest.mark.parametrize("title", CUT)
 def test_tokens_equal_the_papers(title: str, start_engine: Callable, oracle: Callable, tmp_path: Path) -> None:
     architecture = BY_TITLE[title]
-    # Both settings of exact_short, with both kinds of numbers.
     exact_short = list(CUT).index(title) % 2 == 0
-    group_size, neighbor_window, max_model_len = ODD if exact_short else DIVIDES
+    group_size, neighbor_window, max_model_len = AUTO if exact_short else FIXED
     path, for_oracle = architecture.save(tmp_path)
     settings = {"group_size": group_size, "neighbor_window": neighbor_window, "exact_short": exact_short}
     llm = start_engine(
@@ -58,7 +57,7 @@ def test_tokens_equal_the_papers(title: str, start_engine: Callable, oracle: Cal
         **architecture.engine,
     )
     method = SelfExtend(group_size, neighbor_window, TRAINED_LENGTH if exact_short else 0)
-    texts = prompts(group_size, neighbor_window, max_model_len, block_size=32)
+    texts = prompts(5 if group_size == "auto" else group_size, neighbor_window, max_model_len, block_size=32)
     check(llm, oracle, for_oracle, texts, method)
 
 
@@ -144,11 +143,13 @@ def test_through_vllms_transformers_backend(
 def test_the_oracle_tells_methods_apart(name: str, checkpoint: Callable, oracle: Callable) -> None:
     """The comparison above could not pass with wrong positions."""
     text = prompts(4, 16, 208, 32)[-1]
-    right, unmodified, other = (
-        oracle(checkpoint(name), [text], SelfExtend(group, window))[0] for group, window in ((4, 16), (1, 16), (4, 17))
+    right, *others = (
+        oracle(checkpoint(name), [text], SelfExtend(*numbers))[0]
+        for numbers in ((4, 16), (1, 16), (4, 17), ("auto", 16, 64), ("auto", 16, 63))
     )
-    assert (right - unmodified).abs().max() > 0.1
-    assert (right - other).abs().max() > 0.1
+    for other in others:
+        assert (right - other).abs().max() > 0.1
+    assert (others[-1] - others[-2]).abs().max() > 0.1
 
 
 def test_disable_sliding_window(checkpoint: Callable, start_engine: Callable, oracle: Callable, tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_log_scale(checkpoint: Callable, start_engine: Callable, oracle: Callabl
         path,
         attention_backend="CUSTOM",
         max_model_len=245,
-        additional_config={"self_extend": {"group_size": 5, "neighbor_window": 18, "log_scale": True}},
+        additional_config={"self_extend": {"neighbor_window": 18, "log_scale": True}},
     )
-    method = SelfExtend(5, 18, exact_len=TRAINED_LENGTH, log_scale_len=TRAINED_LENGTH)
+    method = SelfExtend("auto", 18, exact_len=TRAINED_LENGTH, log_scale_len=TRAINED_LENGTH)
     check(llm, oracle, path, prompts(5, 18, 245, block_size=32), method)

@@ -14,7 +14,7 @@ SAMPLING = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=Tru
 SETTINGS = {
     "attention_backend": "CUSTOM",
     "max_model_len": 1024,
-    "additional_config": {"self_extend": {"group_size": 24, "neighbor_window": 16}},
+    "additional_config": {"self_extend": {"neighbor_window": 16}},
 }
 
 
@@ -69,7 +69,18 @@ def test_after_preemption(checkpoint: Callable, start_engine: Callable) -> None:
     assert counter(llm, "vllm:num_preemptions") > 0
 
 
-@pytest.mark.parametrize("block_size", [16, 128, 256])
+@pytest.mark.parametrize("max_model_len", [128, 256])
+def test_on_servers_of_other_lengths(
+    max_model_len: int, alone: list[list[int]], checkpoint: Callable, start_engine: Callable
+) -> None:
+    """The group size follows the position, and not what a server is sized for."""
+    llm = start_engine(checkpoint("llama"), **{**SETTINGS, "max_model_len": max_model_len})
+    fitting = [text for text in prompts() if len(text) + NEW_TOKENS <= max_model_len]
+    assert len(fitting[-1]) > 64
+    assert answers(llm, fitting) == alone[: len(fitting)]
+
+
+@pytest.mark.parametrize("block_size", [128, 256])
 def test_with_other_block_sizes(
     block_size: int, alone: list[list[int]], checkpoint: Callable, start_engine: Callable
 ) -> None:
