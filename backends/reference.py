@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .interface import AttentionBatch, AttentionParams, Rotation, lag
+from .interface import AttentionBatch, AttentionParams, GroupSizes, Rotation, lag
 from .limits import EIGHTHS
 
 MAX_ELEMENTS = 1 << 20
@@ -224,10 +224,11 @@ def _weights(
 ) -> torch.Tensor:
     """See `attention_weights`; in the dtype that is computed in."""
     query = log_scaled(query * params.scale, query_pos, params)
-    if params.group_sizes is None:
+    sizes, rotation = params.group_sizes, params.rotation
+    if sizes is None or rotation is None:  # with sizes there is a rotation
         scores = _scores(query, key)
     else:
-        scores = _self_extend_scores(query, key, query_pos, key_pos, params)
+        scores = _self_extend_scores(query, key, query_pos, key_pos, sizes, params.neighbor_window, rotation)
     if params.soft_cap:
         scores = params.soft_cap * torch.tanh(scores / params.soft_cap)
     if hidden is None:
@@ -268,12 +269,11 @@ def _self_extend_scores(
     key: torch.Tensor,
     query_pos: torch.Tensor,
     key_pos: torch.Tensor,
-    params: AttentionParams,
+    sizes: GroupSizes,
+    window: int,
+    rotation: Rotation,
 ) -> torch.Tensor:
     """Scores `[requests, num_heads, rows, keys]`, each by its neighbor or its grouped relative position."""
-    sizes, window, rotation = params.group_sizes, params.neighbor_window, params.rotation
-    assert sizes is not None
-    assert rotation is not None
     eighths = sizes.eighths[query_pos]
     grouped = eighths > EIGHTHS
     # Keys before `column` are no query's neighbors, those from `stop` on are no query's grouped keys.

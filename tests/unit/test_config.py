@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends.limits import MAX_POSITIONS
-from vllm_selfextend.config import RULE_HIGH, SelfExtendConfig, stray_settings
-from vllm_selfextend.positions import rule_share
+from vllm_selfextend.config import SelfExtendConfig, stray_settings
+from vllm_selfextend.positions import largest_auto_window
 
 
 def read(**settings: object) -> SelfExtendConfig:
@@ -72,7 +72,7 @@ def test_a_length_without_a_logarithm_scales_nothing() -> None:
 
 
 def test_other_values_are_checked() -> None:
-    with pytest.raises(ValueError, match="trained_length is 'auto'; it must be an integer from 1 to 1073741824, or N"):
+    with pytest.raises(ValueError, match="trained_length is 'auto'; it must be an integer from 1 to 134217728, or N"):
         read(trained_length="auto")
     with pytest.raises(ValueError, match="exact_short is 1; it must be true or false"):
         read(exact_short=1)
@@ -85,7 +85,7 @@ def test_other_values_are_checked() -> None:
 def test_past_the_capacity_names_the_smallest_group_size() -> None:
     message = (
         "max_model_len is 4096, but with trained length 256, group_size 8 and neighbor_window 64 Self-Extend reaches "
-        "1600 tokens. Set group_size to 22 or more, or max_model_len to at most 1600."
+        "1600 tokens. Leave group_size out, set it to 22 or more, or max_model_len to at most 1600."
     )
     with pytest.raises(ValueError, match=message):
         read(group_size=8, neighbor_window=64).plan(256, 4096)
@@ -101,38 +101,51 @@ def test_a_window_of_the_trained_length_cannot_be_extended() -> None:
         read(neighbor_window=300).plan(256, 4096)
 
 
-def test_within_the_trained_length_it_is_ordinary_attention() -> None:
-    plan = read().plan(4096, 4096)
-    assert plan.group_size == 1
-    assert "within the trained length 4096" in plan.reason
-    assert read(group_size=4).plan(4096, 4096).group_size == 4, "what the user sets, holds"
+def test_within_the_trained_length_nothing_is_grouped() -> None:
+    for config in (read(), read(group_size=4, exact_short=True), read(group_size=1, exact_short=False)):
+        assert not config.plan(4096, 4096).groups
+    assert read().plan(4096, 4097).groups
+    assert read(group_size=4, exact_short=False).plan(4096, 4096).groups, "what the user sets, holds"
 
 
-def test_the_automatic_choice() -> None:
+def test_the_defaults_follow_the_position() -> None:
     plan = read().plan(8192, 32768)
-    assert (plan.neighbor_window, plan.group_size) == (1024, 8)
-    assert plan.reason.startswith("neighbor window 1024: a quarter of the trained length, at most 1024; group size 8: ")
-    assert read(neighbor_window=64).plan(256, 4096).reason.startswith("group size")
-    assert read(neighbor_window=64, group_size=63).plan(256, 4096).reason.endswith("set by the user")
+    assert (plan.group_size, plan.neighbor_window, plan.capacity) == ("auto", 1024, None)
+    # (i - W) / S with S = L - W - 1, rounded up to 1/8 up to 2, to 1/4 up to 4, to 1/2 up to 8.
+    sizes = {8192: 1.0, 8193: 1.125, 12288: 1.625, 16384: 2.25, 32768: 4.5}
+    assert {length: plan.group_size_at(length) for length in sizes} == sizes
+    assert read().plan(256, 4096).neighbor_window == 64, "a quarter of the trained length"
 
 
-@given(st.integers(16, 200_000), st.integers(1, 64))
-def test_the_automatic_choice_keeps_the_rule(trained_length: int, times: int) -> None:
-    max_model_len = trained_length * times + 1
-    plan = read().plan(trained_length, max_model_len)
-    assert plan.capacity >= max_model_len
-    assert rule_share(trained_length, plan.group_size, plan.neighbor_window, max_model_len) <= RULE_HIGH
-    if plan.group_size > 1:
-        less = rule_share(trained_length, plan.group_size - 1, plan.neighbor_window, max_model_len)
-        assert less > RULE_HIGH, "no smaller one would do"
+@given(st.integers(4, 200_000), st.integers(1, 64), st.integers(1, 64))
+def test_the_served_length_changes_no_group_size(trained_length: int, times: int, more: int) -> None:
+    short, long = (read().plan(trained_length, trained_length * one + 1) for one in (times, times + more))
+    assert short.neighbor_window == long.neighbor_window
+    first = max(0, short.max_model_len - 100)
+    assert (short.group_sizes(100, first) == long.group_sizes(100, first)).all()
 
 
-def test_a_window_past_the_rule_gets_the_smallest_group_size_that_reaches() -> None:
-    plan = read(neighbor_window=200).plan(256, 1024)
-    assert "past the empirical rule" in plan.reason
-    assert plan.capacity >= 1024
-    with pytest.raises(ValueError, match="reaches"):
-        read(neighbor_window=200, group_size=plan.group_size - 1).plan(256, 1024)
+@given(st.integers(3, 100_000), st.data())
+def test_windows_that_leave_too_little_to_far_keys(trained_length: int, data: st.DataObject) -> None:
+    most = largest_auto_window(trained_length)
+    window = data.draw(st.integers(most + 1, trained_length))
+    config = read(neighbor_window=window)
+    message = (
+        f"neighbor_window is {window}, and an automatic group_size needs .* Set neighbor_window to at most {most}, "
+    )
+    with pytest.raises(ValueError, match=message):
+        config.plan(trained_length, trained_length + 1)
+    plan = config.plan(trained_length, trained_length)
+    assert plan.group_size_at(trained_length) == 1, "where nothing past it is served, any window will do"
+    assert read(neighbor_window=most).plan(trained_length, trained_length + 1).groups
+
+
+def test_automatic_group_sizes_begin_past_the_trained_length() -> None:
+    with pytest.raises(
+        ValueError, match=r"exact_short is false, and self_extend\.group_size is 'auto'.*Set group_size"
+    ):
+        read(exact_short=False)
+    assert read(exact_short=False, group_size=8).plan(256, 512).exact_len == 0
 
 
 @pytest.mark.parametrize("length", [0, -1])
@@ -145,4 +158,4 @@ def test_a_checkpoint_that_names_no_length_that_could_be(length: int) -> None:
 def test_the_users_trained_length_wins() -> None:
     plan = read(trained_length=8192).plan(131072, 32768)
     assert plan.trained_length == 8192
-    assert plan.group_size > 1
+    assert plan.groups

@@ -11,13 +11,10 @@ from .intervals import mean
 from .loss import BLOCK
 from .methods import METHODS
 from .prompts import Row
-from .summary import block_losses, column, passkey_share
-from .tuning import group_sizes_of
+from .summary import Numbers, block_losses, column, group_sizes_of, passkey_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .tuning import Numbers
 
 COLORS = "cividis"  # told apart by people with any color vision, and in print
 CURVE_STEP = 1024
@@ -73,9 +70,9 @@ def plot_losses(rows: Sequence[Row], methods: Sequence[str], trained_length: int
 
 
 def plot_numbers(
-    costs: "dict[Numbers, float]",
-    auto: "Numbers",
-    best: "Numbers",
+    costs: dict[Numbers, float],
+    auto: Numbers,
+    best: Numbers,
     label: str,
     path: Path,
     *,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -15,18 +15,10 @@ from .intervals import LEVEL, Estimate, difference
 from .loss import BLOCK, mean_losses
 from .prompts import Prompt, Row, Task
 from .records import write_json
+from .summary import Numbers
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-Numbers = tuple[GroupSize, int]
-"""Group size and neighbor window."""
-
-
-def group_sizes_of(costs: Iterable[Numbers]) -> list[GroupSize]:
-    """The group sizes of cells, "auto" first."""
-    return sorted({group_size for group_size, _ in costs}, key=lambda one: 0 if one == "auto" else one)
-
 
 WINDOW_SHARES = (1 / 16, 1 / 4, 1 / 2)
 """Of the trained length: the windows of the coarse grid."""
