@@ -84,8 +84,7 @@ sanitize: install
 	rm -rf build/sanitize/lib/tests && cp -r tests build/sanitize/lib
 	cd build/sanitize/lib && env $(SANITIZERS) ../../../$(BIN)/pytest -c ../../../pyproject.toml --rootdir . tests/kernels \
 		--ignore tests/kernels/test_against_stock.py \
-		--ignore tests/kernels/test_triton.py --ignore tests/kernels/test_flash.py \
-		--ignore tests/kernels/test_gpu_scripts.py
+		--ignore tests/kernels/test_triton.py --ignore tests/kernels/test_gpu_scripts.py
 
 SANITIZERS = LD_PRELOAD="$(shell g++ -print-file-name=libasan.so) $(shell g++ -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1

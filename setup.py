@@ -130,7 +130,6 @@ setup(
         "vllm_selfextend",
         "vllm_selfextend.backends",
         "vllm_selfextend.backends.cpu",
-        "vllm_selfextend.backends.flash",
         "vllm_selfextend.backends.triton",
         "vllm_selfextend.demo",
         "vllm_selfextend.evaluation",

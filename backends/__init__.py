@@ -18,12 +18,6 @@ def _cpu() -> "Kernels":
     return cpu
 
 
-def _flash() -> "Kernels":
-    from .flash import FlashKernels, find_flash_attention
-
-    return FlashKernels(find_flash_attention())
-
-
 def _triton() -> "Kernels":
     from . import triton
 
@@ -43,17 +37,12 @@ class KernelSet(NamedTuple):
     device_type: str | None
 
 
-FLASH_DEVICE_TYPE: str | None = None
-"""Where `"auto"` has FlashAttention do what it can: nowhere, since no GPU has timed it beside Triton alone yet, which
-`python -m benchmarks.gpu --suite prefill` does. "cuda" would prefer it wherever it is installed."""
-
 KERNEL_SETS: dict[str, KernelSet] = {
     "cpu": KernelSet(_cpu, "cpu"),
-    "flash": KernelSet(_flash, FLASH_DEVICE_TYPE),
     "triton": KernelSet(_triton, "cuda"),  # PyTorch calls AMD's GPUs cuda too
     "reference": KernelSet(_reference, None),
 }
-"""By name; of sets for the same device the faster one comes first. vLLM's plugin loads "flash" with vLLM's own."""
+"""By name; of sets for the same device the faster one comes first."""
 
 KERNEL_CHOICES = ("auto", *KERNEL_SETS)
 """What a user can ask for."""

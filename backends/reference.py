@@ -224,11 +224,11 @@ def _weights(
 ) -> torch.Tensor:
     """See `attention_weights`; in the dtype that is computed in."""
     query = log_scaled(query * params.scale, query_pos, params)
-    sizes, rotation = params.group_sizes, params.rotation
-    if sizes is None or rotation is None:  # with sizes there is a rotation
+    if params.group_sizes is None or params.rotation is None:  # there is never only one of them
         scores = _scores(query, key)
     else:
-        scores = _self_extend_scores(query, key, query_pos, key_pos, sizes, params.neighbor_window, rotation)
+        layer = params.group_sizes, params.neighbor_window, params.rotation
+        scores = _self_extend_scores(query, key, query_pos, key_pos, *layer)
     if params.soft_cap:
         scores = params.soft_cap * torch.tanh(scores / params.soft_cap)
     if hidden is None:

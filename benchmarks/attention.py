@@ -41,21 +41,12 @@ from benchmarks.layers import (
     Heads,
     check_same,
     dtype_name,
+    extended_layer,
     make_batch,
-    rotation_table,
     three_digits,
 )
 from vllm_selfextend.backends import choose_kernels
-from vllm_selfextend.backends.interface import (
-    AttentionBatch,
-    AttentionParams,
-    GroupSizes,
-    Kernels,
-    Rotation,
-    num_rotation_steps,
-)
-from vllm_selfextend.config import MAX_AUTO_WINDOW
-from vllm_selfextend.positions import group_sizes
+from vllm_selfextend.backends.interface import AttentionBatch, Kernels
 
 SLOPE_FROM = 8192  # contexts long enough for time to grow with them in a straight line
 
@@ -148,18 +139,9 @@ class SelfExtend:
     """A layer of ours and its cache; its methods prepare a call, and the call is what gets timed."""
 
     def __init__(self, case: Case, kernels: Kernels) -> None:
-        size, length = case.heads.head_size, case.trained_length
-        window = min(length // 4, MAX_AUTO_WINDOW)
-        sizes = GroupSizes.of(group_sizes(case.load.context, length, window, "auto", length))
-        num_steps = num_rotation_steps(case.load.context, sizes.largest, window)
         self.kernels = kernels
         self.cache = case.make_cache()
-        self.params = AttentionParams(
-            scale=size**-0.5,
-            group_sizes=sizes,
-            neighbor_window=window,
-            rotation=Rotation(rotation_table(num_steps, size)),
-        )
+        self.params = extended_layer(case.heads.head_size, case.load.context, case.trained_length)
 
     def store(self, key: torch.Tensor, value: torch.Tensor, step: AttentionBatch) -> Callable[[], None]:
         return functools.partial(self.kernels.store_kv, key, value, self.cache, step, self.params)

@@ -5,12 +5,10 @@ decode, prefill and store, one layer's call each:
 
 - **Bound** is the time that was predicted beforehand: bytes over the GPU's measured bandwidth (of a copy) or operations
   over its measured matrix rate, whichever is longer. Bytes are those of keys, values, queries and outputs, once each;
-  cosines and sines, a row per tile of neighbors and a few that all tiles share, lie in caches and do not count.
-- **G = 1** is our own kernel on the same cache without Self-Extend: ordinary attention.
-- **Flash** is the kernel set "flash": Self-Extend with FlashAttention for the grouped keys of a prefill, if vLLM or a
-  package brings it along. It must give the answer of the Triton kernels, and is checked like them.
+  cosines and sines, a row per tile of grouped keys and a few that all tiles share, lie in caches and do not count.
+- **Ordinary** is our own kernel on the same cache without group sizes: ordinary attention. Storing knows none.
 - **Others** (`gpu_others.py`) read the same cache, as far as they are installed; for prefill PyTorch's attention on
-  contiguous copies. Each must give our answer at G = 1. The fastest one's time is shown.
+  contiguous copies. Each must give our ordinary answer. The fastest one's time is shown.
 
 Every system is a CUDA graph of some calls, as vLLM replays them, so that no time of Python's is measured. The calls of
 a graph read several caches in turn, so that short contexts do not stay in the L2 cache. Systems are replayed in turns,
@@ -40,28 +38,23 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from benchmarks import gpu_correctness, gpu_machine, gpu_others
 from benchmarks.layers import (
-    SHORTEST_TRAINED_LENGTH,
     DType,
     Heads,
     check_same,
     dtype_name,
+    extended_layer,
     make_batch,
-    rotation_table,
     three_digits,
-    trained_length,
 )
 from tests.gpu.checks import NUM_LAYERS, NUM_SMALL_LAYERS, checks
-from tests.gpu.flash import load_flash
 from tests.gpu.graphs import capture
 from vllm_selfextend.backends import choose_kernels
-from vllm_selfextend.backends.flash import FlashKernels
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation, num_rotation_steps
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels
 
 L2_CACHES = 3  # what a graph's calls read, in L2 caches
 MOST_COPIES = 16
 ENOUGH_GRAPH_MS = 0.5  # a graph much shorter than that would wait for its launch
 MOST_CALLS = 200
-FLASH = "our flash"  # among those that a case is measured against
 SPARE_BYTES = 6 << 30
 
 console = Console()
@@ -108,17 +101,12 @@ class Case:
     load: Load
     heads: Heads
     dtype: torch.dtype
-    group_size: int
-    neighbor_window: int
+    trained_length: int
     block_size: int
 
     @property
     def cache_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn if self.load.is_fp8 else self.dtype
-
-    @property
-    def trained_length(self) -> int:
-        return trained_length(self.load.context, self.group_size, self.neighbor_window)
 
     @property
     def num_blocks(self) -> int:
@@ -162,14 +150,7 @@ class Case:
 
     def params(self, device: torch.device) -> AttentionParams:
         """The layer."""
-        num_steps = num_rotation_steps(self.load.context, self.group_size, self.neighbor_window)
-        return AttentionParams(
-            scale=self.heads.head_size**-0.5,
-            group_size=self.group_size,
-            neighbor_window=self.neighbor_window,
-            exact_len=self.trained_length,
-            rotation=Rotation(_table_on(device, num_steps, self.heads.head_size)),
-        )
+        return extended_layer(self.heads.head_size, self.load.context, self.trained_length, device)
 
     def make_cache(self, num_blocks: int, device: torch.device) -> torch.Tensor:
         """Random keys and values: how they got there makes no difference to a reader's time."""
@@ -188,25 +169,17 @@ class Case:
         return torch.randn(shape, device=device).to(self.dtype)
 
 
-@functools.lru_cache(maxsize=1)
-def _table_on(device: torch.device, num_steps: int, head_size: int) -> torch.Tensor:
-    return rotation_table(num_steps, head_size).to(device)
-
-
 class Times(NamedTuple):
-    """What came of a case, ms; `notes` says who else has no time, and why."""
+    """What came of a case, ms; storing has no ordinary time. `notes` says who else has no time, and why."""
 
     self_extend: float
-    ordinary: float
-    flash: float | None
+    ordinary: float | None
     others: dict[str, float]
     notes: dict[str, str]
 
 
-def measure(
-    case: Case, kernels: Kernels, flash: Kernels | None, machine: gpu_machine.Machine, device: torch.device
-) -> Times:
-    """Time a case; `flash` are the flash kernels, if there are any here."""
+def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: torch.device) -> Times:
+    """Time a case."""
     copies, batch = case.copies(machine.l2_bytes), case.load.batch
     num_blocks = copies * batch * case.num_blocks
     cache = case.make_cache(num_blocks, device)
@@ -214,16 +187,15 @@ def measure(
     workspace = torch.empty(kernels.workspace_size(*case.heads, device), dtype=torch.float32, device=device)
     steps = [case.make_step(table, workspace) for table in tables]
     params = case.params(device)
-    ordinary_params = dataclasses.replace(params, group_size=1, exact_len=0, rotation=None)
+    ordinary_params = dataclasses.replace(params, group_sizes=None, rotation=None)
 
     if case.load.phase == "store":
         tokens = [tuple(case.draw(case.heads.num_kv_heads, device) for _ in range(2)) for _ in steps]
         systems = [
             [
-                functools.partial(kernels.store_kv, key, value, cache, step, layer)
+                functools.partial(kernels.store_kv, key, value, cache, step, params)
                 for (key, value), step in zip(tokens, steps, strict=True)
             ]
-            for layer in (params, ordinary_params)
         ]
     else:
         queries = [case.draw(case.heads.num_heads, device) for _ in steps]
@@ -240,22 +212,19 @@ def measure(
     graphs = [capture_turns(calls, num_calls) for calls in systems]
     kept_alive: list[list[gpu_others.Call]] = []  # by their calls, tensors that a graph uses
     names, notes = [], {}
-    others = others_of(case)
-    if flash is not None and case.load.phase == "prefill":
-        others = {FLASH: gpu_others.self_extend(flash, params), **others}
-    for name, other in others.items():
+    for name, other in others_of(case).items():
         try:
             calls = [other(query, cache, step, case.load.context) for query, step in zip(queries, steps, strict=True)]
-            systems[0 if name == FLASH else 1][0]()
+            systems[1][0]()
             check_same("its answer", calls[0](), outs[0])
             graphs.append(capture_turns(calls, num_calls))
             kept_alive.append(calls)
             names.append(name)
         except Exception as error:  # what another library cannot do is no reason to stop
             notes[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
-    self_extend, ordinary, *rest = (time / num_calls for time in gpu_machine.medians(graphs))
-    times = dict(zip(names, rest, strict=True))
-    return Times(self_extend, ordinary, times.pop(FLASH, None), times, notes)
+    times = [time / num_calls for time in gpu_machine.medians(graphs)]
+    ours, rest = times[: len(systems)], times[len(systems) :]
+    return Times(ours[0], ours[1] if len(ours) > 1 else None, dict(zip(names, rest, strict=True)), notes)
 
 
 def capture_turns(calls: Sequence[Callable[[], object]], num_calls: int) -> Callable[[], None]:
@@ -291,8 +260,6 @@ class Result(NamedTuple):
             "cache_dtype": dtype_name(case.cache_dtype),
             **{name: value for name, value in case.load._asdict().items() if name != "is_fp8"},
             **case.heads._asdict(),
-            "group_size": case.group_size,
-            "neighbor_window": case.neighbor_window,
             "trained_length": case.trained_length,
             "block_size": case.block_size,
             "bytes": case.num_bytes,
@@ -300,7 +267,6 @@ class Result(NamedTuple):
             "predicted_ms": self.bound,
             "self_extend_ms": self.times.self_extend,
             "ordinary_ms": self.times.ordinary,
-            "flash_ms": self.times.flash,
             "others_ms": self.times.others,
             "others_missing": self.times.notes,
         }
@@ -312,11 +278,10 @@ def result_table(phase: str, results: Sequence[Result]) -> Table:
     unit = "TFLOP/s" if phase == "prefill" else "GB/s"
     shape = {"decode": ("batch", "context"), "prefill": ("new", "context"), "store": ("batch", "new")}[phase]
     cache = f", {dtype_name(case.cache_dtype)} cache" if case.load.is_fp8 else ""
-    title = f"{phase}, {dtype_name(case.dtype)}{cache}, {case.heads}, G {case.group_size}, W {case.neighbor_window:,}"
-    columns = [*shape, "bound\nms", "ours\nms", "G = 1\nms", f"ours\n{unit}", "of\nbound", "of\nG = 1"]
-    has_flash = any(result.times.flash for result in results)
-    if has_flash:
-        columns += ["our flash\nms"]
+    title = f"{phase}, {dtype_name(case.dtype)}{cache}, {case.heads}, trained length {case.trained_length:,}"
+    columns = [*shape, "bound\nms", "ours\nms", f"ours\n{unit}", "of\nbound"]
+    if phase != "store":
+        columns += ["ordinary\nms", "of\nordinary"]
     if any(result.fastest for result in results):
         columns += ["of\nother", "other\nms", "fastest\nother"]
     table = _table(title)
@@ -327,10 +292,10 @@ def result_table(phase: str, results: Sequence[Result]) -> Table:
         load["new"] = load["query_len"]
         done = result.case.operations / 1e3 if phase == "prefill" else result.case.num_bytes
         cells = [f"{load[name]:,}" for name in shape]
-        cells += [three_digits(time, 4) for time in (result.bound, ours, result.times.ordinary, done / ours / 1e6)]
-        cells += [f"{time / ours:.2f}" for time in (result.bound, result.times.ordinary)]
-        if has_flash:
-            cells += ["" if result.times.flash is None else three_digits(result.times.flash, 4)]
+        cells += [three_digits(number, 4) for number in (result.bound, ours, done / ours / 1e6)]
+        cells += [f"{result.bound / ours:.2f}"]
+        if (ordinary := result.times.ordinary) is not None:
+            cells += [three_digits(ordinary, 4), f"{ordinary / ours:.2f}"]
         if result.fastest:
             which, other = result.fastest
             cells += [f"{other / ours:.2f}", three_digits(other, 4), which]
@@ -353,11 +318,15 @@ def aims_table(results: Sequence[Result], machine: gpu_machine.Machine) -> Table
     aims = (
         ("decode from 16k on, of copies' bandwidth", 0.85, bandwidth),
         (
-            "decode from 16k on, of G = 1",
+            "decode from 16k on, of ordinary",
             0.95,
-            [(r.times.ordinary / r.times.self_extend, r) for r in decodes],
+            [(r.times.ordinary / r.times.self_extend, r) for r in decodes if r.times.ordinary],
         ),
-        ("prefill, of G = 1", 0.95, [(r.times.ordinary / r.times.self_extend, r) for r in prefills]),
+        (
+            "prefill, of ordinary",
+            0.95,
+            [(r.times.ordinary / r.times.self_extend, r) for r in prefills if r.times.ordinary],
+        ),
         ("prefill, of torch's fastest", 0.6, [(r.fastest[1] / r.times.self_extend, r) for r in prefills if r.fastest]),
     )
     table = _table("Aims")
@@ -395,7 +364,6 @@ def run_phase(
     phase: str,
     cases: Sequence[Case],
     kernels: Kernels,
-    flash: Kernels | None,
     machine: gpu_machine.Machine,
     device: torch.device,
     output: Output,
@@ -413,7 +381,7 @@ def run_phase(
                 lines[str(case.load)] = f"Left out for {missing / 1e9:,.0f} GB of memory more: {case.load}."
             else:
                 bound = machine.predicted_ms(case.num_bytes, case.operations)
-                result = Result(case, bound, measure(case, kernels, flash, machine, device))
+                result = Result(case, bound, measure(case, kernels, machine, device))
                 results.append(result)
                 output.write(result.row(machine.device))
                 lines |= {why: f"No time of {name}: {why}" for name, why in result.times.notes.items()}
@@ -425,20 +393,6 @@ def run_phase(
     for line in lines.values():
         console.print(line, markup=False)
     return results
-
-
-def flash_of(device: torch.device) -> FlashKernels | None:
-    """The flash kernels, if they run here; else says why not."""
-    try:
-        kernels = load_flash()
-        problem = kernels.unsupported_device(
-            device, torch.cuda.get_device_capability() if device.type == "cuda" else None
-        )
-    except ImportError as error:
-        problem = str(error)
-    if problem:
-        console.print(f"The flash kernels are left out: {problem}.", markup=False)
-    return None if problem else kernels
 
 
 def main(
@@ -453,8 +407,7 @@ def main(
     num_heads: Annotated[int, typer.Option(min=1)] = 32,
     num_kv_heads: Annotated[int, typer.Option(min=1)] = 8,
     head_size: Annotated[int, typer.Option(min=1)] = 128,
-    group_size: Annotated[int, typer.Option(min=2)] = 8,
-    neighbor_window: Annotated[int, typer.Option(min=1, max=SHORTEST_TRAINED_LENGTH - 1)] = 1024,
+    trained_length: Annotated[int, typer.Option(min=4, help="Longer contexts have grouped positions.")] = 8192,
     block_size: Annotated[int, typer.Option(min=16, help="Tokens per cache block.")] = 16,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line per case to this file.")] = None,
 ) -> None:
@@ -468,7 +421,6 @@ def main(
         )
         raise typer.Exit(1)
     kernels = choose_kernels("triton", device).kernels
-    flash = flash_of(device)
     torch.manual_seed(0)
     output = Output(json_file)
     all_right = True
@@ -476,21 +428,17 @@ def main(
         small = device.type == "cpu"
         num_layers = NUM_SMALL_LAYERS if quick or small else NUM_LAYERS
         todo = checks(small=small, num_layers=num_layers)
-        all_right = gpu_correctness.run("Triton", todo, kernels, device, console, output.progress(), output.write)
-        if flash is not None:
-            smallest = flash.flash_attention.block_multiple
-            todo = checks(small=small, num_layers=num_layers, smallest_block=smallest)
-            all_right &= gpu_correctness.run(FLASH, todo, flash, device, console, output.progress(), output.write)
+        all_right = gpu_correctness.run(todo, kernels, device, console, output.progress(), output.write)
     if suite != "correctness":
         timed = getattr(torch, dtype.value)
         machine = gpu_machine.measure(timed)
         console.print(gpu_machine.table(machine, timed))
-        layer = Heads(num_heads, num_kv_heads, head_size), timed, group_size, neighbor_window, block_size
+        layer = Heads(num_heads, num_kv_heads, head_size), timed, trained_length, block_size
         results: list[Result] = []
         for phase, loads in (QUICK_LOADS if quick else LOADS).items():
             if suite in (phase, "all"):
                 cases = [Case(load, *layer) for load in loads]
-                results += run_phase(phase, cases, kernels, flash, machine, device, output)
+                results += run_phase(phase, cases, kernels, machine, device, output)
         console.print(aims_table(results, machine))
     raise typer.Exit(0 if all_right else 1)
 

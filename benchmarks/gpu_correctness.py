@@ -15,7 +15,6 @@ from vllm_selfextend.backends.interface import Kernels
 
 
 def run(
-    title: str,
     todo: Sequence[checks.Check],
     kernels: Kernels,
     device: torch.device,
@@ -31,19 +30,19 @@ def run(
         for check in todo:
             bar.update(task, description=f"correctness: {check.batch}, {check.variant}")
             results.append(checks.make(check, kernels, device))
-            write({"kernels": title, **results[-1].row(name)})
+            write(results[-1].row(name))
             bar.advance(task)
-    console.print(_table(title, results))
+    console.print(_table(results))
     wrong = [result for result in results if result.problem]
     for result in wrong:
         console.print(f"WRONG: {result.check}: {result.problem}", markup=False)
     return not wrong
 
 
-def _table(title: str, results: list[checks.Result]) -> Table:
+def _table(results: list[checks.Result]) -> Table:
     """The worst errors of each dtype and kind of batch, for people."""
     table = Table(
-        title=f"{title} against the reference in float64",
+        title="The kernels against the reference in float64",
         box=rich.box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,

@@ -1,7 +1,7 @@
 """Other libraries' attention, over the very cache that ours reads: ordinary attention, each called as vLLM calls it.
 
-Our Triton kernels' cache has vLLM's layout, so all of them read the same bytes and must give the same answer as ours at
-group size 1. What is not installed or does not take a case raises; the benchmark says so and goes on.
+Our Triton kernels' cache has vLLM's layout, so all of them read the same bytes and must give the same answer as ours
+without group sizes. What is not installed or does not take a case raises; the benchmark says so and goes on.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels
+from vllm_selfextend.backends.interface import AttentionBatch
 
 FLASHINFER_WORKSPACE_BYTES = 128 << 20
 
@@ -140,21 +140,6 @@ def flashinfer(query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatc
         return out
 
     return call
-
-
-def self_extend(kernels: Kernels, params: AttentionParams) -> Other:
-    """Not another library's: other kernels of ours, whose answer is ours with Self-Extend."""
-
-    def prepare(query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, context: int) -> Call:
-        out = torch.empty_like(query)
-
-        def call() -> torch.Tensor:
-            kernels.attention(query, kv_cache, batch, params, out)
-            return out
-
-        return call
-
-    return prepare
 
 
 def torch_flash(query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, context: int) -> Call:

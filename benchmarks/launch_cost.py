@@ -23,8 +23,7 @@ from rich.table import Table
 
 from benchmarks.no_device import TARGETS, NoDevice
 from vllm_selfextend.backends import triton as triton_kernels
-from vllm_selfextend.backends.flash import FlashAttention, FlashKernels
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels, Rotation
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, GroupSizes, Rotation
 from vllm_selfextend.backends.triton import launches
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 16
@@ -51,8 +50,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 class Layer:
     """A layer in bfloat16 and the tensors that a model gives it."""
 
-    def __init__(self, kernels: Kernels, **params: Any) -> None:
-        self.kernels = kernels
+    def __init__(self, **params: Any) -> None:
         rotation = Rotation(empty(MAX_SEQ_LEN, HEAD_SIZE, dtype=torch.float32))
         self.params = AttentionParams(HEAD_SIZE**-0.5, rotation=rotation, neighbor_window=1024, **params)
         self.kv_cache = empty(64, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=torch.bfloat16)
@@ -68,7 +66,7 @@ class Layer:
 
     def warm_up(self) -> None:
         query, key, value, out = self.draw(2)
-        self.kernels.warm_up(query, key, value, self.kv_cache, self.params, out)
+        triton_kernels.warm_up(query, key, value, self.kv_cache, self.params, out)
 
     def call(self, query_lens: list[int], *, is_fused: bool = True) -> Callable[[], None]:
         """The calls of a step."""
@@ -85,15 +83,10 @@ class Layer:
         )
 
         def call() -> None:
-            self.kernels.store_kv(key, value, self.kv_cache, batch, self.params)
-            self.kernels.attention(query, self.kv_cache, batch, self.params, out)
+            triton_kernels.store_kv(key, value, self.kv_cache, batch, self.params)
+            triton_kernels.attention(query, self.kv_cache, batch, self.params, out)
 
         return call
-
-
-def no_attention(*, q: torch.Tensor, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """In FlashAttention's place, whose own time is not ours."""
-    return q, empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 def microseconds(call: Callable[[], None], repeats: int) -> float:
@@ -115,11 +108,9 @@ def main(
     triton.knobs.runtime.jit_post_compile_hook = lambda *, repr, **_: compiled.append(repr)
     triton.runtime.driver.set_active(NoDevice(TARGETS["sm_90"].target))
     setattr(launches, "find_device", lambda device: TARGETS["sm_90"])  # noqa: B010
-    flash = FlashKernels(FlashAttention("none", no_attention, majors=()))
     layers = {
-        "Triton": Layer(triton_kernels, group_size=8, exact_len=8192),
-        "Triton, sliding window": Layer(triton_kernels, sliding_window=4096),
-        "flash": Layer(flash, group_size=8, exact_len=8192),
+        "group sizes": Layer(group_sizes=GroupSizes(empty(MAX_SEQ_LEN), largest=64, shortest_run=1024)),
+        "sliding window": Layer(sliding_window=4096),
     }
     for layer in layers.values():
         layer.warm_up()

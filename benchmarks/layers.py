@@ -6,11 +6,16 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_selfextend.backends.interface import AttentionBatch
-from vllm_selfextend.positions import capacity
+from vllm_selfextend.backends.interface import (
+    AttentionBatch,
+    AttentionParams,
+    GroupSizes,
+    Rotation,
+    num_rotation_steps,
+)
+from vllm_selfextend.positions import default_window, group_sizes
 from vllm_selfextend.rotary import cos_sin
 
-SHORTEST_TRAINED_LENGTH = 4096
 ROPE_BASE = 10000.0
 
 SAME_ANSWER = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -36,18 +41,17 @@ class Heads(NamedTuple):
         return f"{self.num_heads}/{self.num_kv_heads}x{self.head_size}"
 
 
-def trained_length(context: int, group_size: int, neighbor_window: int) -> int:
-    """The smallest power of two, 4,096 or more, from which the group size and window reach the context."""
-    length = SHORTEST_TRAINED_LENGTH
-    while capacity(length, group_size, neighbor_window) < context:
-        length *= 2
-    return length
-
-
-def rotation_table(num_steps: int, head_size: int) -> torch.Tensor:
-    """Cosines and sines of that many steps, all dimensions rotated."""
+def extended_layer(
+    head_size: int, context: int, trained_length: int, device: torch.device | str = "cpu"
+) -> AttentionParams:
+    """A layer with automatic group sizes up to `context`, all dimensions rotated."""
+    window = default_window(trained_length)
+    sizes = GroupSizes.of(group_sizes(context, trained_length, window, "auto", trained_length), device)
     frequencies = ROPE_BASE ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-    return cos_sin(frequencies, 0, num_steps)
+    table = cos_sin(frequencies, 0, num_rotation_steps(context, sizes.largest, window))
+    return AttentionParams(
+        scale=head_size**-0.5, group_sizes=sizes, neighbor_window=window, rotation=Rotation(table.to(device))
+    )
 
 
 def make_batch(

@@ -2,12 +2,12 @@
 
 Every specialisation that serving a common model would compile is compiled, for each target, from the very launches that
 serving makes, on tensors without data. Shown are registers, spills, shared memory, and which matrix instructions the
-grouped run's loop has. The exit code is 1 if a loop that can be long spills or none has matrix instructions, if shared
-memory does not suffice, or if a kernel does not compile.
+loop of the grouped keys has. The exit code is 1 if a loop that can be long spills or one has no matrix instructions, if
+shared memory does not suffice, or if a kernel does not compile.
 
 Machine code is disassembled with the tools that Triton brings along. A loop is what lies between a label and a jump
-back to it; those with matrix instructions are, in their order, the grouped run's, the mixed tiles' and the neighbors'.
-Beside FlashAttention there is no grouped run.
+back to it; those with matrix instructions are, in their order, those of the grouped keys, of mixed tiles, of neighbors
+and of the last ones.
 """
 
 import json
@@ -32,9 +32,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.no_device import TARGETS, NoDevice
-from vllm_selfextend.backends.flash.grouped import FarQueries, far_layer
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Rotation
-from vllm_selfextend.backends.triton.launches import Far, Launch, attention_launches, store_launch
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, GroupSizes, Rotation
+from vllm_selfextend.backends.triton.launches import Launch, attention_launches, store_launch
 
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """What a program can have: CUDA C++ Programming Guide, compute capabilities; CDNA 3 instruction set, LDS."""
@@ -42,9 +41,8 @@ SHARED_MEMORY_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.bfloat16, "float32": torch.float32}
 """Of the queries, by the name of the cache's; fp8 is beside bfloat16."""
 
-STEPS = {"split decode": (4, 1), "decode": (256, 1), "prefill": (1, 2048), "neighbors": (1, 2048)}
-"""Requests, and new tokens of each. A short batch of decodes shares contexts among programs, a long one does not; the
-neighbors are a prefill's beside FlashAttention."""
+STEPS = {"split decode": (4, 1), "decode": (256, 1), "prefill": (1, 2048)}
+"""Requests, and new tokens of each. A short batch of decodes shares contexts among programs, a long one does not."""
 
 ALL = list(TARGETS)
 HEAD_SIZES = [64, 80, 96, 128, 256]
@@ -66,7 +64,8 @@ class Specialisation:
     cache: str
     step: str
     heads: int
-    group_size: int
+    is_grouped: bool
+    is_interleaved: bool
 
     def launches(self) -> Iterator[Launch]:
         """The launches of the step; a split decode has two."""
@@ -87,24 +86,17 @@ class Specialisation:
         )
         params = AttentionParams(
             scale=self.head_size**-0.5,
-            group_size=self.group_size,
+            group_sizes=GroupSizes(empty(65536), 64, 1024) if self.is_grouped else None,
             neighbor_window=1024,
-            exact_len=8192,
-            rotation=Rotation(empty(65536, self.head_size, dtype=torch.float32)),
+            rotation=Rotation(empty(65536, self.head_size, dtype=torch.float32), self.is_interleaved),
         )
         cache_dtype = torch.uint8 if self.cache == "fp8" else dtype
         kv_cache = empty(4096, num_kv_heads, 16, 2 * self.head_size, dtype=cache_dtype)
         query = empty(num_tokens, self.heads * num_kv_heads, self.head_size, dtype=dtype)
         key = empty(num_tokens, num_kv_heads, self.head_size, dtype=dtype)
-        attend_far = None
-        if self.step == "neighbors":  # beside FlashAttention
-            queries = FarQueries.empty(query, num_reqs)
-            yield from far_layer(query, params).launches(query, queries, batch.query_start_loc, batch.seq_lens, 0)
-            far = Far(query, empty(query.shape[1], num_tokens, dtype=torch.float32), queries.start_loc)
-            attend_far = lambda decode_len: far  # noqa: E731
-        elif self.step != "split decode":  # whose store is the decode's
+        if self.step != "split decode":  # whose store is the decode's
             yield store_launch(key, key, kv_cache, batch, params)
-        yield from attention_launches(query, kv_cache, batch, params, query, attend_far, TARGETS[self.target])
+        yield from attention_launches(query, kv_cache, batch, params, query, TARGETS[self.target])
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,8 @@ class Compiled:
 
     @property
     def long_loops(self) -> list[dict[str, Any]]:
-        """All but the last but one, of the mixed tiles, which are few; without grouped positions there are none."""
-        return self.loops if self.specialisation.group_size == 1 else self.loops[:-2] + self.loops[-1:]
+        """Those of grouped keys and of neighbors; the mixed tiles and the last ones are few."""
+        return self.loops[::2]
 
     @property
     def problems(self) -> list[str]:
@@ -132,10 +124,10 @@ class Compiled:
         if self.shared_memory > limit:
             found.append(f"shared memory {self.shared_memory} of {limit} bytes")
         if self.kernel == "attention" and self.specialisation.cache != "float32":
-            if not self.loops:
-                found.append("no matrix instructions in a loop")
+            if len(self.loops) != (4 if self.specialisation.is_grouped else 2):
+                found.append(f"{len(self.loops)} loops with matrix instructions")
             elif spills := sum(loop["spills"] for loop in self.long_loops):
-                found.append(f"{spills} spills in the grouped or the neighbors' loop")
+                found.append(f"{spills} spills in the loops of grouped keys or neighbors")
         return found
 
 
@@ -226,7 +218,7 @@ def result_table(target: str, results: list[Compiled]) -> Table:
     table.add_column("rows x keys\nx near x warps", justify="right")
     for name in ("regis-\nters", "spills,\nin loops", "KiB"):
         table.add_column(name, justify="right")
-    table.add_column("in the\ngrouped loop", no_wrap=True)
+    table.add_column("in the\nfirst loop", no_wrap=True)
     for one in results:
         first = one.loops[0] if one.loops else {"count": "", "instruction": ""}
         table.add_row(
@@ -247,7 +239,8 @@ def main(
     head_size: Annotated[list[int], typer.Option(help="May be given more than once.")] = HEAD_SIZES,
     cache: Annotated[list[str], typer.Option(help=f"Of {', '.join(DTYPES)}; may be given more than once.")] = CACHES,
     heads: Annotated[int, typer.Option(min=1, help="Query heads per KV head.")] = 4,
-    group_size: Annotated[int, typer.Option(min=1)] = 8,
+    grouped: Annotated[bool, typer.Option(help="With group sizes, or as ordinary attention.")] = True,
+    interleaved: Annotated[bool, typer.Option("--interleaved", help="Rotated pairs lie side by side.")] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write one JSON line per kernel to this file.")
     ] = None,
@@ -258,14 +251,13 @@ def main(
             if name not in known:
                 raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}.")
     todo = [
-        Specialisation(one, size, kind, step, heads, group_size)
+        Specialisation(one, size, kind, step, heads, grouped, interleaved)
         for one in target
         for kind in cache
         for size in head_size
         for step in STEPS
-        if step != "neighbors" or (group_size > 1 and kind in ("bfloat16", "float16"))
     ]
-    console.print(f"Triton {triton.__version__}; {heads} query heads per KV head, group size {group_size}")
+    console.print(f"Triton {triton.__version__}; {heads} query heads per KV head")
     with ProcessPoolExecutor() as pool:
         done = track(pool.map(compile_all, todo), "compiling", total=len(todo), console=Console(stderr=True))
         results = [compiled for several in done for compiled in several]

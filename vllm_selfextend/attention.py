@@ -172,7 +172,9 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         """Whether this layer groups positions if it has a rotation."""
         return self.plan.groups and self.sliding_window is None
 
-    def bind(self, plan: ExtensionPlan, rotation: Rotation | None, group_sizes: GroupSizes | None) -> None:
+    def bind(
+        self, plan: ExtensionPlan, rotation: Rotation | None = None, group_sizes: GroupSizes | None = None
+    ) -> None:
         """Give a layer its numbers and its rotation, once the model is loaded. With no rotation it groups nothing."""
         self.plan, self.rotation = plan, rotation
         self.group_sizes = None if rotation is None else group_sizes

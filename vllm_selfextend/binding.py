@@ -117,7 +117,7 @@ def bind_model(
     untold = []
     for path, layer in layers.items():
         if is_draft and path not in probed:
-            layer.impl.bind(plan, None, None)
+            layer.impl.bind(plan)
             continue
         with _naming(name, path):
             if path not in probed:
@@ -129,7 +129,7 @@ def bind_model(
                     raise
                 untold.append(path)
         if rotation is None or isinstance(layer, ChunkedLocalAttention):
-            layer.impl.bind(plan, None, None)
+            layer.impl.bind(plan)
             continue
         key = rotation.frequencies.numpy().tobytes()
         if key not in tables:

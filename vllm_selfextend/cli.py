@@ -313,9 +313,9 @@ def tune(
         from .evaluation.engine import OWN_ARGUMENTS, prompt_encoder, running
         from .evaluation.methods import read_checkpoint
         from .evaluation.screen import Stopped, trying
+        from .evaluation.summary import group_sizes_of
         from .evaluation.tables import distance_from_auto, numbers_table
-        from .evaluation.summary import Numbers, group_sizes_of
-        from .evaluation.tuning import Search, check_differs, try_numbers, write_search
+        from .evaluation.tuning import Numbers, Search, check_differs, try_numbers, write_search
         from .evaluation.user_prompts import UserTask, read_prompts
 
         arguments = {**_engine_args(engine_args, OWN_ARGUMENTS), "enforce_eager": True}

@@ -9,9 +9,7 @@ from typing import Any, Literal
 from .backends import KERNEL_CHOICES
 from .backends.limits import MAX_POSITIONS
 from .plan import CONFIG_KEY, ExtensionPlan
-from .positions import GroupSize, as_count, largest_auto_window, smallest_group_size
-
-MAX_AUTO_WINDOW = 1024
+from .positions import GroupSize, as_count, default_window, largest_auto_window, smallest_group_size
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,7 @@ class SelfExtendConfig:
             )
         if self.log_scale and length == 1:
             raise ValueError(f"{CONFIG_KEY}.log_scale is on, and the trained length 1 has no logarithm to scale by.")
-        if isinstance(self.neighbor_window, int):
-            window = self.neighbor_window
-        else:
-            window = min(max(length // 4, 1), MAX_AUTO_WINDOW)
+        window = self.neighbor_window if isinstance(self.neighbor_window, int) else default_window(length)
         if window > length:
             raise ValueError(
                 f"{CONFIG_KEY}.neighbor_window is {window}, more than the trained length {length}: positions inside "
@@ -182,4 +177,4 @@ def _too_long(plan: ExtensionPlan, reach: int) -> str:
     group = smallest_group_size(plan.trained_length, plan.neighbor_window, plan.max_model_len)
     if group is None:
         return message + f"No group size is enough with this window: set neighbor_window below {plan.trained_length}."
-    return message + f"Leave group_size out, set it to {group} or more, or max_model_len to at most {reach}."
+    return message + f"Set group_size to {group} or more or leave it out, or max_model_len to at most {reach}."

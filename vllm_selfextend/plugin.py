@@ -52,12 +52,9 @@ def register() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from . import flash_attention
-    from .backends import KERNEL_SETS
     from .engine_args import BACKEND, configure_self_extend, limit_to_draft_later, widen_max_len_check
     from .kv_connectors import tell_layout
 
-    KERNEL_SETS["flash"] = KERNEL_SETS["flash"]._replace(load=flash_attention.load)
     custom = AttentionBackendEnum.CUSTOM
     replaced = custom.get_path() if custom.is_overridden() else None
     register_backend(custom, BACKEND)

@@ -34,6 +34,11 @@ def relative_position(query: int, key: int, eighths: int, neighbor_window: int) 
     return grouped_query + neighbor_window - grouped_window - grouped_key
 
 
+def default_window(trained_length: int) -> int:
+    """The neighbor window that nobody has chosen: a quarter of `L`, at most 1,024 tokens."""
+    return min(max(trained_length // 4, 1), 1024)
+
+
 def largest_auto_window(trained_length: int) -> int:
     """The largest neighbor window with which group sizes may be automatic: it leaves a quarter of `L` to far keys."""
     return trained_length - 1 - -(-trained_length // 4)

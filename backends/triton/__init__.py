@@ -1,9 +1,9 @@
 """Self-Extend's kernels in Triton, for GPUs; under `TRITON_INTERPRET=1` they run on CPU tensors, slowly.
 
-Block interior: `[block_size, 2 * head_size]`, a token's key and then its value, the key's dimensions in the order that
-`rotation.py` describes. float32, bfloat16, float16 and fp8 (e4m3) caches; products in the queries' dtype, sums in
-float32. Nothing here looks at device data or waits for it (`launches.py`), so that a captured graph can be replayed
-with other lengths. Importing this raises `ImportError` where Triton is not installed.
+Block interior: `[block_size, 2 * head_size]`, a token's key and then its value. float32, bfloat16, float16 and fp8
+(e4m3) caches; products in the queries' dtype, sums in float32. Nothing here looks at device data or waits for it
+(`launches.py`), so that a captured graph can be replayed with other lengths. Importing this raises `ImportError` where
+Triton is not installed.
 """
 
 import torch
@@ -18,7 +18,7 @@ from . import launches
 from .tiles import find_device
 
 IS_CAPTURABLE = True
-CACHE_LAYOUT = "triton-1"
+CACHE_LAYOUT = "triton-2"
 VARIANT = f"Triton {triton.__version__}"
 """See `interface.Kernels`."""
 
@@ -62,7 +62,7 @@ def warm_up(
     """See `interface.Kernels.warm_up`."""
     kv_cache = launches.as_stored(kv_cache)
     launches.store_layer(key, value, kv_cache, params)
-    launches.attention_layer(query, kv_cache, out, params, has_far=False)
+    launches.attention_layer(query, kv_cache, out, params)
 
 
 def store_kv(

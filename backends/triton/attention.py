@@ -1,4 +1,4 @@
-"""Paged attention: the grouped run, then tiles with both kinds of keys, then neighbors; one online softmax.
+"""Paged attention: grouped keys, then tiles with both kinds of keys, then neighbors; one online softmax.
 
 Prefill has a program for each block of queries and KV head. Decode has several: they share a request's context, and
 `merge_kernel` joins what they found.
@@ -7,9 +7,7 @@ Prefill has a program for each block of queries and KV head. Decode has several:
 import triton
 import triton.language as tl
 
-from .batch import find_request
-from .fp8 import from_fp8
-from .rotation import load_cos_sin, load_grouped_cos_sin, source, turn
+from .rotation import lag, load, load_cos_sin, load_pairs, load_turned, turn
 
 
 @triton.jit
@@ -40,34 +38,45 @@ def log_factor(position, log_scale):
 
 
 @triton.jit
-def find_keys(seq_len, first_position, TOKENS: tl.constexpr, SLIDING_WINDOW: tl.constexpr, FAR_N: tl.constexpr):
+def find_request(query_start_loc, block, num_reqs, TOKENS: tl.constexpr):
+    """The request of the block `block` of `TOKENS` queries: the last `r` with `start[r] // TOKENS + r <= block`.
+
+    Each request has as many blocks as it needs or one more, whatever the lengths: so the grid is known without looking
+    at them.
+    """
+    low = tl.full([], 0, tl.int32)
+    high = num_reqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_loc + middle) // TOKENS + middle <= block:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def find_keys(seq_len, first_position, TOKENS: tl.constexpr, SLIDING_WINDOW: tl.constexpr, NEAR_N: tl.constexpr):
     """Which keys `TOKENS` queries from `first_position` on see, whole tiles: the first one's position, and the end."""
     begin = 0
     if SLIDING_WINDOW > 0:
-        begin = tl.maximum(first_position - SLIDING_WINDOW + 1, 0) // FAR_N * FAR_N
+        begin = tl.maximum(first_position - SLIDING_WINDOW + 1, 0) // NEAR_N * NEAR_N
     return begin, tl.minimum(first_position + TOKENS, seq_len)
 
 
 @triton.jit
-def find_share(num_keys, num_splits, wanted_splits, FAR_N: tl.constexpr, LONGEST_SHARE: tl.constexpr):
+def find_share(num_keys, num_splits, wanted_splits, NEAR_N: tl.constexpr, LONGEST_SHARE: tl.constexpr):
     """How many keys of a context each program takes, in whole tiles.
 
     A `wanted_splits`th, `LONGEST_SHARE` at most, if `num_splits` programs can do all of them then.
     """
-    tiles = tl.cdiv(num_keys, FAR_N)
-    share = tl.minimum(tl.cdiv(tiles, wanted_splits), LONGEST_SHARE // FAR_N)
-    return tl.maximum(share, tl.cdiv(tiles, num_splits)) * FAR_N
-
-
-@triton.jit
-def load_kv(pointers, mask, MASKED: tl.constexpr, DTYPE: tl.constexpr, IS_FP8: tl.constexpr, HAS_FP8: tl.constexpr):
-    """Keys or values, as they lie in the cache, in `DTYPE`; `MASKED` says whether `mask` is more than all true."""
-    x = tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
-    return from_fp8(x, DTYPE, HAS_FP8) if IS_FP8 else x.to(DTYPE)
+    tiles = tl.cdiv(num_keys, NEAR_N)
+    share = tl.minimum(tl.cdiv(tiles, wanted_splits), LONGEST_SHARE // NEAR_N)
+    return tl.maximum(share, tl.cdiv(tiles, num_splits)) * NEAR_N
 
 
 @triton.jit(
-    do_not_specialize=["num_reqs", "decode_len", "wanted_splits", "table_stride", "far_lse_stride"],
+    do_not_specialize=["num_reqs", "decode_len", "wanted_splits", "table_stride"],
     do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table"],
 )
 def attention_kernel(
@@ -78,14 +87,11 @@ def attention_kernel(
     query_start_loc,
     seq_lens,
     block_table,
-    far_output,
-    far_lse,
-    far_start_loc,
     num_reqs,
     decode_len,
     wanted_splits,
     table_stride,
-    far_lse_stride,
+    group_sizes,
     cos_sin,
     sinks,
     k_scale,
@@ -102,16 +108,12 @@ def attention_kernel(
     scale,
     log_scale,
     soft_cap,
-    EXACT_LEN: tl.constexpr,
     NEIGHBOR_WINDOW: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_LOG_SCALE: tl.constexpr,
-    HAS_FAR: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
@@ -135,14 +137,12 @@ def attention_kernel(
 
     Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`. Requests with at most `decode_len`
     new tokens are the decode's, the others the prefill's; each launch leaves the other's alone. Arguments up to
-    `far_lse_stride` are the step's, the others the layer's.
-
-    `HAS_FAR` says that the grouped keys have been attended to elsewhere (`launches.Far`): what came of it is where the
-    softmax goes on with the neighbors.
+    `table_stride` are the step's, the others the layer's.
     """
     LOG2_E: tl.constexpr = 1.4426950408889634
     DTYPE: tl.constexpr = query.dtype.element_ty
-    half: tl.constexpr = ROTARY_DIM // 2
+    EIGHTHS: tl.constexpr = 8
+    GROUPED: tl.constexpr = group_sizes is not None
     kv_head = tl.program_id(1)
     if IS_DECODE:
         blocks = tl.cdiv(decode_len, TOKENS)
@@ -151,17 +151,17 @@ def attention_kernel(
     else:
         # The last blocks see most and go first.
         index = tl.num_programs(0) - 1 - tl.program_id(0)
-        request = find_request(query_start_loc, index, num_reqs, TOKENS, EXTRA=1)
+        request = find_request(query_start_loc, index, num_reqs, TOKENS)
         first_token = (index - (tl.load(query_start_loc + request) // TOKENS + request)) * TOKENS
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
     seq_len = tl.load(seq_lens + request)
     # Which keys: those that any row sees, of these the program's share.
     first_position = seq_len - query_len + first_token
-    begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, FAR_N)
+    begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, NEAR_N)
     last_position = end - 1
     if IS_SPLIT:
-        share = find_share(end - begin, tl.num_programs(2), wanted_splits, FAR_N, LONGEST_SHARE)
+        share = find_share(end - begin, tl.num_programs(2), wanted_splits, NEAR_N, LONGEST_SHARE)
         begin += tl.program_id(2) * share
         end = tl.minimum(begin + share, end)
     is_its = (first_token < query_len) & ((query_len <= decode_len) == IS_DECODE)
@@ -180,175 +180,161 @@ def attention_kernel(
         if not HAS_SOFT_CAP:
             row_scale *= LOG2_E
 
-        # Up to `far_end` lie whole tiles that every row sees, and, where positions are grouped, as grouped keys only.
-        # From `near_begin` on, every row has neighbors only.
-        if GROUP_SIZE > 1:
+        # Up to `far_end` lie whole tiles of every row's grouped keys; from `near_begin` on, neighbors of every row, up
+        # to `near_end` in whole tiles that every row sees.
+        smallest = tl.full([], EIGHTHS, tl.int32)
+        biggest = smallest
+        near_begin = begin
+        if GROUPED:
+            smallest = tl.load(group_sizes + first_position)
+            biggest = tl.load(group_sizes + last_position)
             far_end = tl.maximum(first_position - NEIGHBOR_WINDOW + 1, 0) // FAR_N * FAR_N
-            near_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), NEAR_N) * NEAR_N
-            if EXACT_LEN > 0:
-                far_end = tl.where(first_position < EXACT_LEN, 0, far_end)
-                near_begin = tl.where(last_position < EXACT_LEN, 0, near_begin)
-        else:
-            far_end = (first_position + 1) // FAR_N * FAR_N
-            near_begin = far_end
-        far_end = tl.minimum(tl.maximum(far_end, begin), end)
-        near_begin = tl.minimum(tl.maximum(near_begin, far_end), end)
+            near_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), FAR_N) * FAR_N
+            near_begin = tl.where(biggest == EIGHTHS, begin, tl.minimum(tl.maximum(near_begin, begin), end))
+            far_end = tl.minimum(tl.maximum(far_end, begin), near_begin)
+        near_end = near_begin + tl.maximum(tl.minimum(first_position + 1, end) - near_begin, 0) // NEAR_N * NEAR_N
 
         dims = tl.arange(0, HEAD_SIZE_PADDED)[None, :]
         dim_mask = dims < HEAD_SIZE
-        pairs = tl.arange(0, HALF_PADDED)[None, :]
-        pair_mask = pairs < half
-        rests = tl.arange(0, REST_PADDED)[None, :] + ROTARY_DIM
-        rest_mask = rests < HEAD_SIZE
-        # Queries in the cache's order of dimensions: the first ones of each pair, the second ones, those not rotated.
-        from_query = query + (token * query_token_stride + head * query_head_stride)[:, None]
-        if ROTARY_DIM > 0:
-            first_dims = source(pairs, ROTARY_DIM, INTERLEAVED) * query_dim_stride
-            second_dims = source(pairs + half, ROTARY_DIM, INTERLEAVED) * query_dim_stride
-            query_mask = row_mask[:, None] & pair_mask
-        if ROTARY_DIM > 0 and not HAS_FAR:
-            q_first = tl.load(from_query + first_dims, mask=query_mask, other=0.0).to(tl.float32)
-            q_second = tl.load(from_query + second_dims, mask=query_mask, other=0.0).to(tl.float32)
-            cosine, sine = load_grouped_cos_sin(
-                cos_sin, position, query_mask, pairs, NEIGHBOR_WINDOW, GROUP_SIZE, ROTARY_DIM
+        from_query = query + (token * query_token_stride + head * query_head_stride)
+        if GROUPED:
+            pairs = tl.arange(0, HALF_PADDED)[None, :]
+            pair_mask = pairs < ROTARY_DIM // 2
+            rests = tl.arange(0, REST_PADDED)[None, :] + ROTARY_DIM
+            rest_mask = rests < HEAD_SIZE
+            # Of group size 1 nothing is turned.
+            eighths = tl.load(group_sizes + position, mask=row_mask, other=biggest)
+            steps = lag(NEIGHBOR_WINDOW, eighths) - lag(position, eighths)
+            cosine, sine = load_cos_sin(cos_sin, tl.abs(steps), row_mask[:, None] & pair_mask, pairs, ROTARY_DIM)
+            sine = tl.where(steps < 0, -1.0, 1.0)[:, None] * sine
+            far_first, far_second = load_pairs(
+                from_query, row_mask, query_dim_stride, True, ROTARY_DIM, HALF_PADDED, INTERLEAVED, DTYPE, False, False
             )
-            far_first, far_second = turn(q_first, q_second, cosine, sine, DTYPE)
-            # Both halves as one: `[BLOCK_M, pairs, 2]` to `[BLOCK_M, 2 * pairs]`.
-            far = tl.reshape(tl.permute(tl.join(far_first, far_second), (0, 2, 1)), (BLOCK_M, 2 * HALF_PADDED))
-            halves = tl.arange(0, 2 * HALF_PADDED)[None, :]
-            halves_mask = halves % HALF_PADDED < half
-            if half < HALF_PADDED:
-                halves = tl.where(halves < HALF_PADDED, halves, halves - HALF_PADDED + half)
-        if ROTARY_DIM < HEAD_SIZE:
-            q_rest = tl.load(from_query + rests * query_dim_stride, mask=row_mask[:, None] & rest_mask, other=0.0)
+            far_first, far_second = turn(far_first, far_second, cosine, sine, DTYPE)
+            if ROTARY_DIM < HEAD_SIZE:
+                from_rest = from_query[:, None] + rests * query_dim_stride
+                far_rest = tl.load(from_rest, mask=row_mask[:, None] & rest_mask, other=0.0)
 
         output = tl.zeros([BLOCK_M, HEAD_SIZE_PADDED], tl.float32)
         largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
-        if HAS_FAR:  # of the request's last queries; the others see no grouped keys
-            far_row = tl.load(far_start_loc + request + 1) - query_len + row_token
-            has_far = row_mask & (far_row >= tl.load(far_start_loc + request))
-            largest = tl.load(far_lse + head * far_lse_stride + far_row, mask=has_far, other=float("-inf")) * LOG2_E
-            total = tl.where(has_far, 1.0, 0.0)
-            from_far = far_output + ((far_row.to(tl.int64) * NUM_HEADS + head) * HEAD_SIZE)[:, None] + dims
-            output = tl.load(from_far, mask=has_far[:, None] & dim_mask, other=0.0).to(tl.float32)
         table = block_table + request.to(tl.int64) * table_stride
         heads = kv_cache + kv_head.to(tl.int64) * cache_head_stride
 
+        # Of odd kinds some rows do not see all keys.
         FAR: tl.constexpr = 0
         MIXED: tl.constexpr = 1
         NEAR: tl.constexpr = 2
+        EDGE: tl.constexpr = 3
         # Whole tiles of unpadded dimensions need no masks.
         IS_WINDOWED: tl.constexpr = SLIDING_WINDOW > 0
         MASKS_DIMS: tl.constexpr = IS_WINDOWED or HEAD_SIZE_PADDED > HEAD_SIZE
         MASKS_PAIRS: tl.constexpr = IS_WINDOWED or HALF_PADDED > ROTARY_DIM // 2
         MASKS_RESTS: tl.constexpr = IS_WINDOWED or REST_PADDED > HEAD_SIZE - ROTARY_DIM
-        for kind in tl.static_range(MIXED if HAS_FAR else FAR, 3, 1 if GROUP_SIZE > 1 else 2):
+        for kind in tl.static_range(FAR if GROUPED else NEAR, EDGE + 1):
             if kind == FAR:
                 tile_begin = begin
                 tile_end = far_end
             elif kind == MIXED:
                 tile_begin = far_end
                 tile_end = near_begin
-            else:
+            elif kind == NEAR:
                 tile_begin = near_begin
+                tile_end = near_end
+            else:
+                tile_begin = near_end
                 tile_end = end
-            if ROTARY_DIM > 0 and kind == MIXED:
-                # Loaded again, and by another policy, lest the compiler hold the first load's through the long loop.
-                near_first = tl.load(from_query + first_dims, mask=query_mask, other=0.0, eviction_policy="evict_last")
-                near_second = tl.load(
-                    from_query + second_dims, mask=query_mask, other=0.0, eviction_policy="evict_last"
-                )
-            for tile in tl.range(
-                tile_begin,
-                tile_end,
-                FAR_N if kind == FAR else NEAR_N,
-                num_stages=FAR_STAGES if kind == FAR else (NEAR_STAGES if kind == NEAR else 1),
-            ):
-                keys = tile + tl.arange(0, FAR_N if kind == FAR else NEAR_N)
-                key_mask = keys < end
-                if IS_WINDOWED:  # slots that no row sees may hold anything, and 0 * nan is nan
-                    key_mask &= keys > first_position - SLIDING_WINDOW
-                if kind == FAR and not IS_WINDOWED:
-                    block = tl.load(table + keys // BLOCK_SIZE)
-                else:
-                    block = tl.load(table + keys // BLOCK_SIZE, mask=key_mask, other=0)
-                slot = heads + block.to(tl.int64) * cache_block_stride + (keys % BLOCK_SIZE) * cache_token_stride
-                slot = slot[:, None]
-                scores = tl.zeros([BLOCK_M, FAR_N if kind == FAR else NEAR_N], tl.float32)
-                if ROTARY_DIM < HEAD_SIZE:
-                    k_rest = load_kv(
-                        slot + rests, key_mask[:, None] & rest_mask, kind != FAR or MASKS_RESTS, DTYPE, IS_FP8, HAS_FP8
-                    )
-                    scores = multiply(q_rest, tl.trans(k_rest), scores, IS_INTERPRETED)
-                if ROTARY_DIM > 0:
-                    if kind != FAR:
-                        pairs_mask = key_mask[:, None] & pair_mask
-                        k_first = load_kv(slot + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
-                        k_second = load_kv(slot + half + pairs, pairs_mask, True, DTYPE, IS_FP8, HAS_FP8)
-                        lag = keys - keys // GROUP_SIZE
-                        if kind == NEAR and (IS_DECODE or HEAD_SIZE <= 128 or BLOCK_M > 32):
-                            # The first key's row, and those of the few steps from it to the others, for all tiles the
-                            # same: a row each would be as many bytes as keys and values.
-                            base = tile - tile // GROUP_SIZE
-                            base_cosine, base_sine = load_cos_sin(
-                                cos_sin, tl.full([1], base, tl.int32), pair_mask, pairs, ROTARY_DIM
-                            )
-                            step_cosine, step_sine = load_cos_sin(cos_sin, lag - base, pairs_mask, pairs, ROTARY_DIM)
-                            key_cosine = base_cosine * step_cosine - base_sine * step_sine
-                            key_sine = base_sine * step_cosine + base_cosine * step_sine
-                        else:  # few tiles, or no registers left
-                            key_cosine, key_sine = load_cos_sin(cos_sin, lag, pairs_mask, pairs, ROTARY_DIM)
-                        k_first32, k_second32 = k_first.to(tl.float32), k_second.to(tl.float32)
-                        turned_first, turned_second = turn(k_first32, k_second32, key_cosine, key_sine, DTYPE)
-                        near = multiply(near_first, tl.trans(turned_first), scores, IS_INTERPRETED)
-                        near = multiply(near_second, tl.trans(turned_second), near, IS_INTERPRETED)
-                    if kind != NEAR and not HAS_FAR:
-                        k_mask = key_mask[:, None] & halves_mask
-                        k = load_kv(slot + halves, k_mask, kind != FAR or MASKS_PAIRS, DTYPE, IS_FP8, HAS_FP8)
-                        scores = multiply(far, tl.trans(k), scores, IS_INTERPRETED)
-                    if kind == MIXED:
-                        is_near = position[:, None] - keys[None, :] < NEIGHBOR_WINDOW
-                        is_near |= position[:, None] < EXACT_LEN
-                    if kind == MIXED and not HAS_FAR:
-                        scores = tl.where(is_near, near, scores)
-                    elif kind != FAR:
-                        scores = near
-                if HAS_SOFT_CAP:
-                    scores = tanh(scores * (row_scale / soft_cap)[:, None]) * (soft_cap * LOG2_E)
-                if kind != FAR or IS_WINDOWED:
-                    # Keys from `end` on lie behind every row, or, where programs share a context, in no tile.
+            if kind == (MIXED if GROUPED else NEAR):  # no sooner, lest it lie in registers through the grouped keys
+                from_dims = from_query[:, None] + dims * query_dim_stride
+                q = tl.load(from_dims, mask=row_mask[:, None] & dim_mask, other=0.0)
+            # Grouped keys are gone through for one group size of the rows after another, neighbors once.
+            size = smallest if kind <= MIXED else biggest
+            while size <= biggest:
+                for tile in tl.range(
+                    tile_begin,
+                    tile_end,
+                    FAR_N if kind <= MIXED else NEAR_N,
+                    num_stages=FAR_STAGES if kind == FAR else (NEAR_STAGES if kind == NEAR else 1),
+                ):
+                    keys = tile + tl.arange(0, FAR_N if kind <= MIXED else NEAR_N)
+                    key_mask = keys < end
+                    if IS_WINDOWED:  # slots that no row sees may hold anything, and 0 * nan is nan
+                        key_mask &= keys > first_position - SLIDING_WINDOW
+                    if kind % 2 == 1 or IS_WINDOWED:
+                        block = tl.load(table + keys // BLOCK_SIZE, mask=key_mask, other=0)
+                    else:
+                        block = tl.load(table + keys // BLOCK_SIZE)
+                    slot = heads + block.to(tl.int64) * cache_block_stride + (keys % BLOCK_SIZE) * cache_token_stride
+                    scores = tl.zeros([BLOCK_M, FAR_N if kind <= MIXED else NEAR_N], tl.float32)
+                    if kind >= MIXED:
+                        k_mask = key_mask[:, None] & dim_mask
+                        k = load(slot[:, None] + dims, k_mask, kind != NEAR or MASKS_DIMS, DTYPE, IS_FP8, HAS_FP8)
+                        near = multiply(q, tl.trans(k), scores, IS_INTERPRETED)
+                    if kind <= MIXED:
+                        if ROTARY_DIM < HEAD_SIZE:
+                            k_mask = key_mask[:, None] & rest_mask
+                            k = load(slot[:, None] + rests, k_mask, kind != FAR or MASKS_RESTS, DTYPE, IS_FP8, HAS_FP8)
+                            scores = multiply(far_rest, tl.trans(k), scores, IS_INTERPRETED)
+                        k_first, k_second = load_turned(
+                            slot,
+                            tile,
+                            keys,
+                            key_mask,
+                            size,
+                            cos_sin,
+                            kind != FAR or MASKS_PAIRS,
+                            # Of few tiles, or with no registers left, each key has its own row.
+                            kind == FAR and (IS_DECODE or HEAD_SIZE <= 128 or BLOCK_M > 32),
+                            ROTARY_DIM,
+                            HALF_PADDED,
+                            INTERLEAVED,
+                            DTYPE,
+                            IS_FP8,
+                            HAS_FP8,
+                        )
+                        scores = multiply(far_first, tl.trans(k_first), scores, IS_INTERPRETED)
+                        scores = multiply(far_second, tl.trans(k_second), scores, IS_INTERPRETED)
                     distance = position[:, None] - keys[None, :]
-                    seen = distance >= 0
-                    if IS_WINDOWED:
-                        seen &= distance < SLIDING_WINDOW
-                    if kind == MIXED and HAS_FAR:
-                        seen &= is_near
-                    scores = tl.where(seen, scores, float("-inf"))
-                # Scaled after the sum over dimensions, in the same instruction as the subtraction.
-                if HAS_SOFT_CAP:
-                    new_largest = tl.maximum(largest, tl.max(scores, 1))
-                else:
-                    new_largest = tl.maximum(largest, tl.max(scores, 1) * row_scale)
-                base = new_largest
-                if kind != FAR or IS_WINDOWED:  # a row that has seen nothing yet has nothing to subtract
-                    base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-                if HAS_SOFT_CAP:
-                    weights = tl.exp2(scores - base[:, None])
-                else:
-                    weights = tl.exp2(scores * row_scale[:, None] - base[:, None])
-                decay = tl.exp2(largest - base)
-                total = total * decay + tl.sum(weights, 1)
-                largest = new_largest
-                v = load_kv(
-                    slot + HEAD_SIZE + dims,
-                    key_mask[:, None] & dim_mask,
-                    kind != FAR or MASKS_DIMS,
-                    DTYPE,
-                    IS_FP8,
-                    HAS_FP8,
-                )
-                output = multiply(weights.to(DTYPE), v, output * decay[:, None], IS_INTERPRETED)
+                    if kind == MIXED:
+                        scores = tl.where(distance < NEIGHBOR_WINDOW, near, scores)
+                    elif kind > MIXED:
+                        scores = near
+                    if HAS_SOFT_CAP:
+                        scores = tanh(scores * (row_scale / soft_cap)[:, None]) * (soft_cap * LOG2_E)
+                    if kind % 2 == 1 or IS_WINDOWED:
+                        # From `end` on are another program's keys, where programs share a context.
+                        seen = key_mask[None, :] & (distance >= 0)
+                        if IS_WINDOWED:
+                            seen &= distance < SLIDING_WINDOW
+                        scores = tl.where(seen, scores, float("-inf"))
+                    if kind <= MIXED:
+                        scores = tl.where((eighths == size)[:, None], scores, float("-inf"))
+                    # Scaled after the sum over dimensions, in the same instruction as the subtraction.
+                    if HAS_SOFT_CAP:
+                        new_largest = tl.maximum(largest, tl.max(scores, 1))
+                    else:
+                        new_largest = tl.maximum(largest, tl.max(scores, 1) * row_scale)
+                    base = new_largest
+                    if kind != NEAR or IS_WINDOWED:  # a row that has seen nothing yet has nothing to subtract
+                        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+                    if HAS_SOFT_CAP:
+                        weights = tl.exp2(scores - base[:, None])
+                    else:
+                        weights = tl.exp2(scores * row_scale[:, None] - base[:, None])
+                    decay = tl.exp2(largest - base)
+                    total = total * decay + tl.sum(weights, 1)
+                    largest = new_largest
+                    v_mask = key_mask[:, None] & dim_mask
+                    v = load(
+                        slot[:, None] + HEAD_SIZE + dims,
+                        v_mask,
+                        kind % 2 == 1 or MASKS_DIMS,
+                        DTYPE,
+                        IS_FP8,
+                        HAS_FP8,
+                    )
+                    output = multiply(weights.to(DTYPE), v, output * decay[:, None], IS_INTERPRETED)
+                size = tl.min(tl.where(eighths > size, eighths, biggest + 1), 0) if kind <= MIXED else biggest + 1
 
         mask = row_mask[:, None] & dim_mask
         if IS_SPLIT:
@@ -396,7 +382,7 @@ def merge_kernel(
     LONGEST_SHARE: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    FAR_N: tl.constexpr,
+    NEAR_N: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """Join the shares of one token's head: one program each, `SPLITS` shares at a time, in the order of their keys.
@@ -413,8 +399,8 @@ def merge_kernel(
     if (request_token < query_len) & (query_len <= decode_len):
         seq_len = tl.load(seq_lens + request)
         first_position = seq_len - query_len + request_token // TOKENS * TOKENS
-        begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, FAR_N)
-        shares = tl.cdiv(end - begin, find_share(end - begin, num_splits, wanted_splits, FAR_N, LONGEST_SHARE))
+        begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, NEAR_N)
+        shares = tl.cdiv(end - begin, find_share(end - begin, num_splits, wanted_splits, NEAR_N, LONGEST_SHARE))
         num_kv_heads = tl.num_programs(1) // HEADS
         block = request * blocks + request_token // TOKENS
         first_row = (block * num_kv_heads + head // HEADS).to(tl.int64) * num_splits * BLOCK_M

@@ -72,24 +72,6 @@ class Launch(NamedTuple):
         self.kernel(self.grid, self.step)
 
 
-class Far(NamedTuple):
-    """What was found elsewhere in the grouped keys of a prefill; its other queries see none.
-
-    Attributes:
-        output: `[num_rows, num_heads, head_size]`, contiguous: a row for each of the last queries of each request.
-        lse: `[num_heads, num_rows]`, float32: the natural logarithm of the sum of the scores' exponentials.
-        start_loc: `[num_reqs + 1]`, int32: request `r` has the rows `start_loc[r]` to `start_loc[r + 1]`.
-
-    """
-
-    output: torch.Tensor
-    lse: torch.Tensor
-    start_loc: torch.Tensor
-
-
-NO_FAR = (None, None, None)
-
-
 def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: Device) -> int:
     """How many float32 numbers of `AttentionBatch.workspace` the launches of a layer need at most."""
     rows = decode_tiles(num_heads // num_kv_heads, head_size, 2, False, device).rows
@@ -152,13 +134,10 @@ class StoreLayer:
             "BLOCK_SIZE": kv_cache.shape[2],
             "HEAD_SIZE": head_size,
             "HEAD_SIZE_PADDED": head_size_padded,
-            **rotation_arguments(params, head_size),
             "IS_FP8": kv_cache.dtype == torch.uint8,
         }
-        self.kernels = {one: LayerKernel(store_kernel, {**constants, "ONE_TOKEN": one}) for one in (False, True)}
-        int32 = torch.empty(2, dtype=torch.int32, device=key.device)
-        for kernel in self.kernels.values():
-            kernel.compile(key, value, kv_cache, int32, int32, int32.long(), 1)
+        self.kernel = LayerKernel(store_kernel, constants)
+        self.kernel.compile(key, value, kv_cache, torch.empty(2, dtype=torch.int64, device=key.device))
 
 
 def store_layer(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, params: AttentionParams) -> StoreLayer:
@@ -177,15 +156,11 @@ def store_launch(
     """The launch that `store_kv` makes."""
     kv_cache = as_stored(kv_cache)
     layer = store_layer(key, value, kv_cache, params)
-    return Launch(
-        layer.kernels[batch.max_query_len == 1],
-        (key.shape[0], layer.num_blocks, 1),
-        (key, value, kv_cache, batch.query_start_loc, batch.seq_lens, batch.slot_mapping, batch.seq_lens.shape[0]),
-    )
+    return Launch(layer.kernel, (key.shape[0], layer.num_blocks, 1), (key, value, kv_cache, batch.slot_mapping))
 
 
 class AttentionLayer:
-    """What `attention` launches for a layer; beside `Far`, if `has_far`."""
+    """What `attention` launches for a layer."""
 
     def __init__(
         self,
@@ -194,8 +169,6 @@ class AttentionLayer:
         out: torch.Tensor,
         params: AttentionParams,
         device: Device,
-        *,
-        has_far: bool,
     ) -> None:
         _, num_heads, head_size = query.shape
         self.num_kv_heads, self.heads = kv_cache.shape[1], num_heads // kv_cache.shape[1]
@@ -214,7 +187,8 @@ class AttentionLayer:
             "SLIDING_WINDOW": params.sliding_window,
             "HEADS": self.heads,
             "HEAD_SIZE": head_size,
-            "HEAD_SIZE_PADDED": triton.next_power_of_2(head_size),
+            # What tensor cores multiply has 16 dimensions at least.
+            "HEAD_SIZE_PADDED": max(16, triton.next_power_of_2(head_size)),
             "LONGEST_SHARE": LONGEST_SHARE,
         }
         common = {
@@ -223,41 +197,34 @@ class AttentionLayer:
             **stride_arguments("query", query),
             **_cache_strides(kv_cache),
             "scale": params.scale,
-            "log_scale": log_scale(params),
+            "log_scale": 1.0 / math.log(params.log_scale_len) if params.log_scale_len else 0.0,
             "soft_cap": params.soft_cap,
-            "EXACT_LEN": params.exact_len if params.group_size > 1 else 0,
             "NEIGHBOR_WINDOW": params.neighbor_window,
-            **rotation_arguments(params, head_size),
+            **_group_arguments(params, head_size),
             "HAS_SOFT_CAP": params.soft_cap != 0.0,
             "HAS_LOG_SCALE": params.log_scale_len != 0,
-            "NUM_HEADS": num_heads,
             "BLOCK_SIZE": kv_cache.shape[2],
             "IS_FP8": is_fp8,
             "HAS_FP8": device.has_fp8,
             "IS_INTERPRETED": device.target is None,
         }
 
-        def attention(tiles: Tiles, *, is_decode: bool, is_split: bool, has_far: bool) -> LayerKernel:
-            flags = {"IS_DECODE": is_decode, "IS_SPLIT": is_split, "HAS_FAR": has_far}
+        def attention(tiles: Tiles, *, is_decode: bool, is_split: bool) -> LayerKernel:
+            flags = {"IS_DECODE": is_decode, "IS_SPLIT": is_split}
             tokens = tiles.rows // self.heads
             return LayerKernel(attention_kernel, {**common, **flags, "TOKENS": tokens, **tiles.arguments()})
 
-        self.decode = attention(decode, is_decode=True, is_split=False, has_far=False)
-        self.split_decode = attention(decode, is_decode=True, is_split=True, has_far=False)
-        self.prefill = attention(prefill, is_decode=False, is_split=False, has_far=has_far)
-        shares = {"TOKENS": self.decode_tokens, "BLOCK_M": decode.rows, "FAR_N": decode.far_keys}
+        self.decode = attention(decode, is_decode=True, is_split=False)
+        self.split_decode = attention(decode, is_decode=True, is_split=True)
+        self.prefill = attention(prefill, is_decode=False, is_split=False)
+        shares = {"TOKENS": self.decode_tokens, "BLOCK_M": decode.rows, "NEAR_N": decode.near_keys}
         self.merge = LayerKernel(merge_kernel, {**merged, **shares, "SPLITS": MERGED_SPLITS})
 
         int32 = torch.empty(2, dtype=torch.int32, device=query.device)
         floats = int32.float()
         lengths = int32, int32
-        far = Far(query, floats, int32) if has_far else NO_FAR
-        for kernel, workspace, its_far in (
-            (self.decode, None, NO_FAR),
-            (self.split_decode, floats, NO_FAR),
-            (self.prefill, None, far),
-        ):
-            kernel.compile(query, kv_cache, out, workspace, *lengths, int32, *its_far, 1, 1, 1, 1, 1)
+        for kernel, workspace in ((self.decode, None), (self.split_decode, floats), (self.prefill, None)):
+            kernel.compile(query, kv_cache, out, workspace, *lengths, int32, 1, 1, 1, 1)
         self.merge.compile(out, floats, *lengths, 1, 1, 1)
 
     def num_splits(self, num_blocks: int, max_seq_len: int) -> tuple[int, int]:
@@ -276,16 +243,14 @@ def attention_layer(
     kv_cache: torch.Tensor,
     out: torch.Tensor,
     params: AttentionParams,
-    *,
-    has_far: bool,
     device: Device | None = None,
 ) -> AttentionLayer:
     """What `attention` launches for a layer, made at its first call; `device` is the tensors' if it is not given."""
-    layouts = ("attention", layout(query), layout(out), cache_layout(kv_cache), has_far)
+    layouts = ("attention", layout(query), layout(out), cache_layout(kv_cache))
     return once(
         params,
         layouts,
-        lambda: AttentionLayer(query, kv_cache, out, params, device or find_device(query.device), has_far=has_far),
+        lambda: AttentionLayer(query, kv_cache, out, params, device or find_device(query.device)),
     )
 
 
@@ -295,7 +260,6 @@ def attention_launches(
     batch: AttentionBatch,
     params: AttentionParams,
     out: torch.Tensor,
-    attend_far: Callable[[int], Far] | None = None,
     device: Device | None = None,
 ) -> Iterator[Launch]:
     """The launches that `attention` makes, in their order.
@@ -306,8 +270,6 @@ def attention_launches(
         batch: The step's requests.
         params: The layer.
         out: Written.
-        attend_far: Attends to a prefill's grouped keys; the prefill's launch then does the neighbors. It is given how
-            many new tokens a request may have and still be a decode, which sees to all its keys by itself.
         device: What the launches will run on, if not what the tensors are on.
 
     Raises:
@@ -317,7 +279,7 @@ def attention_launches(
     if batch.max_query_len == 0:  # padding only: this rank has no requests, others have
         return
     kv_cache = as_stored(kv_cache)
-    layer = attention_layer(query, kv_cache, out, params, has_far=attend_far is not None, device=device)
+    layer = attention_layer(query, kv_cache, out, params, device)
     num_tokens, num_heads, head_size = query.shape
     num_reqs, max_query_len = batch.seq_lens.shape[0], batch.max_query_len
     lengths, table = (batch.query_start_loc, batch.seq_lens), batch.block_table
@@ -327,7 +289,7 @@ def attention_launches(
     if is_decode or num_reqs > 1:
         num_blocks = num_reqs * cdiv(decode_len, layer.decode_tokens)
         num_splits, wanted = layer.num_splits(num_blocks, batch.max_seq_len)
-        numbers = (num_reqs, decode_len, wanted, table.stride(0), 0)
+        numbers = (num_reqs, decode_len, wanted, table.stride(0))
         workspace = None
         if num_splits > 1:
             num_rows = num_blocks * layer.num_kv_heads * num_splits * layer.decode_rows
@@ -335,7 +297,7 @@ def attention_launches(
         yield Launch(
             layer.decode if workspace is None else layer.split_decode,
             (num_blocks, layer.num_kv_heads, num_splits),
-            (query, kv_cache, out, workspace, *lengths, table, *NO_FAR, *numbers),
+            (query, kv_cache, out, workspace, *lengths, table, *numbers),
         )
         if workspace is not None:
             step = (out, workspace, *lengths, decode_len, wanted, num_splits)
@@ -343,12 +305,11 @@ def attention_launches(
     if not is_decode:
         if num_reqs == 1:
             decode_len = 0
-        far = None if attend_far is None else attend_far(decode_len)
-        numbers = (num_reqs, decode_len, 1, table.stride(0), 0 if far is None else far.lse.stride(0))
+        numbers = (num_reqs, decode_len, 1, table.stride(0))
         yield Launch(
             layer.prefill,
             (num_tokens // layer.prefill_tokens + num_reqs, layer.num_kv_heads, 1),
-            (query, kv_cache, out, None, *lengths, table, *(far or NO_FAR), *numbers),
+            (query, kv_cache, out, None, *lengths, table, *numbers),
         )
 
 
@@ -361,24 +322,18 @@ def _checked(workspace: torch.Tensor | None, size: int, device: torch.device) ->
     return workspace
 
 
-def rotation_arguments(params: AttentionParams, head_size: int) -> dict[str, Any]:
-    """The table of cosines and sines, None where no positions are grouped, and how dimensions are taken apart."""
-    rotation = params.required_rotation() if params.group_size > 1 else None
+def _group_arguments(params: AttentionParams, head_size: int) -> dict[str, Any]:
+    """The tables of group sizes and of turns, None where there are none, and how dimensions are taken apart."""
+    sizes, rotation = params.group_sizes, params.rotation if params.group_sizes else None
     rotary_dim = rotation.cos_sin.shape[1] if rotation else 0
     return {
+        "group_sizes": sizes and sizes.eighths,
         "cos_sin": rotation and rotation.cos_sin,
-        "GROUP_SIZE": params.group_size,
         "ROTARY_DIM": rotary_dim,
         "INTERLEAVED": bool(rotation and rotation.interleaved),
-        # What tensor cores multiply has 16 dimensions at least.
         "HALF_PADDED": max(16, triton.next_power_of_2(rotary_dim // 2)),
         "REST_PADDED": max(16, triton.next_power_of_2(head_size - rotary_dim)),
     }
-
-
-def log_scale(params: AttentionParams) -> float:
-    """What the logarithms of positions are multiplied by."""
-    return 1.0 / math.log(params.log_scale_len) if params.log_scale_len else 0.0
 
 
 def stride_arguments(name: str, tensor: torch.Tensor) -> dict[str, int]:

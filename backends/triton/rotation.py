@@ -1,46 +1,100 @@
-"""Rotating queries and keys inside a kernel.
-
-Their dimensions are taken in the cache's order: the first dimension of each rotated pair, then the second ones, then
-those that are not rotated. For NeoX pairs (`n` with `n + rotary_dim / 2`) that is the order they come in.
-"""
+"""Turning queries and keys inside a kernel: their rotated pairs apart, first dimensions and second ones."""
 
 import triton
 import triton.language as tl
 
+from .fp8 import from_fp8
+
 
 @triton.jit
-def source(dims, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Where the dimensions `dims` of the cache's order lie in a query or a key as it comes."""
-    half: tl.constexpr = ROTARY_DIM // 2
-    if INTERLEAVED:
-        dims = tl.where(dims < half, 2 * dims, tl.where(dims < ROTARY_DIM, 2 * (dims - half) + 1, dims))
-    return dims
+def lag(positions, eighths):
+    """`interface.lag`; positions are not negative."""
+    return positions - 8 * positions // eighths
 
 
 @triton.jit
 def load_cos_sin(cos_sin, steps, mask, pairs, ROTARY_DIM: tl.constexpr):
     """The cosines and the sines of the pairs `pairs` at `steps`, `[steps, pairs]` each."""
-    pointers = cos_sin + (steps * ROTARY_DIM)[:, None] + pairs
+    pointers = cos_sin + (steps.to(tl.int64) * ROTARY_DIM)[:, None] + pairs
     return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + ROTARY_DIM // 2, mask=mask, other=0.0)
 
 
 @triton.jit
-def load_grouped_cos_sin(
-    cos_sin,
-    position,
-    mask,
-    pairs,
-    NEIGHBOR_WINDOW: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-):
-    """What turns queries at `position` so that their scores with keys as they lie are the grouped ones."""
-    steps = NEIGHBOR_WINDOW - NEIGHBOR_WINDOW // GROUP_SIZE - (position - position // GROUP_SIZE)
-    cosine, sine = load_cos_sin(cos_sin, tl.abs(steps), mask, pairs, ROTARY_DIM)
-    return cosine, tl.where(steps < 0, -1.0, 1.0)[:, None] * sine
+def turn(first, second, cosine, sine, DTYPE: tl.constexpr):
+    """Pairs, turned in float32, in `DTYPE`."""
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    return (first * cosine - second * sine).to(DTYPE), (second * cosine + first * sine).to(DTYPE)
 
 
 @triton.jit
-def turn(first, second, cosine, sine, DTYPE: tl.constexpr):
-    """Pairs of float32, rotated, in `DTYPE`."""
-    return (first * cosine - second * sine).to(DTYPE), (second * cosine + first * sine).to(DTYPE)
+def load(pointers, mask, MASKED: tl.constexpr, DTYPE: tl.constexpr, IS_FP8: tl.constexpr, HAS_FP8: tl.constexpr):
+    """Numbers as they lie in memory, in `DTYPE`; `MASKED` says whether `mask` is more than all true."""
+    x = tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
+    return from_fp8(x, DTYPE, HAS_FP8) if IS_FP8 else x.to(DTYPE)
+
+
+@triton.jit
+def load_pairs(
+    rows,
+    row_mask,
+    dim_stride,
+    MASKED: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    HAS_FP8: tl.constexpr,
+):
+    """The first and the second dimensions of the rotated pairs of queries or keys at `rows`, `[rows, pairs]` each."""
+    if INTERLEAVED:  # together, lest numbers that lie side by side be loaded one by one
+        dims = tl.arange(0, 2 * HALF_PADDED)[None, :]
+        mask = row_mask[:, None] & (dims < ROTARY_DIM)
+        x = load(rows[:, None] + dims * dim_stride, mask, MASKED, DTYPE, IS_FP8, HAS_FP8)
+        first, second = tl.split(tl.reshape(x, (rows.shape[0], HALF_PADDED, 2)))
+    else:
+        half: tl.constexpr = ROTARY_DIM // 2
+        pairs = tl.arange(0, HALF_PADDED)[None, :]
+        mask = row_mask[:, None] & (pairs < half)
+        pointers = rows[:, None] + pairs * dim_stride
+        first = load(pointers, mask, MASKED, DTYPE, IS_FP8, HAS_FP8)
+        second = load(pointers + half * dim_stride, mask, MASKED, DTYPE, IS_FP8, HAS_FP8)
+    return first, second
+
+
+@triton.jit
+def load_turned(
+    slot,
+    first_key,
+    keys,
+    key_mask,
+    eighths,
+    cos_sin,
+    MASKED: tl.constexpr,
+    IN_STEPS: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    IS_FP8: tl.constexpr,
+    HAS_FP8: tl.constexpr,
+):
+    """The pairs of the keys at the positions `keys`, which lie at `slot`, turned for a group size.
+
+    With `IN_STEPS` cosines and sines are the first key's, turned on by those of the few steps from its lag to the
+    others', for all tiles the same: a row for each key would be as many bytes as keys and values.
+    """
+    first, second = load_pairs(slot, key_mask, 1, MASKED, ROTARY_DIM, HALF_PADDED, INTERLEAVED, DTYPE, IS_FP8, HAS_FP8)
+    pairs = tl.arange(0, HALF_PADDED)[None, :]
+    pair_mask = pairs < ROTARY_DIM // 2
+    mask = key_mask[:, None] & pair_mask if MASKED else pair_mask
+    steps = lag(keys, eighths)
+    if IN_STEPS:
+        base = lag(first_key, eighths)
+        base_cosine, base_sine = load_cos_sin(cos_sin, tl.full([1], base, tl.int32), pair_mask, pairs, ROTARY_DIM)
+        step_cosine, step_sine = load_cos_sin(cos_sin, steps - base, mask, pairs, ROTARY_DIM)
+        cosine = base_cosine * step_cosine - base_sine * step_sine
+        sine = base_sine * step_cosine + base_cosine * step_sine
+    else:
+        cosine, sine = load_cos_sin(cos_sin, steps, mask, pairs, ROTARY_DIM)
+    return turn(first, second, cosine, -sine, DTYPE)

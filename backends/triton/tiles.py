@@ -49,11 +49,11 @@ class Tiles:
 
     Attributes:
         rows: Queries times the query heads of a KV head.
-        far_keys: Keys of a tile of the grouped run.
-        near_keys: Keys of the other tiles, which hold cosines and sines as well.
-        far_stages: What Triton calls `num_stages`: the grouped run has `ceil((far_stages - 2) / 2)` tiles on their way,
-            since keys are found through the block table.
-        near_stages: The same of the neighbors' tiles.
+        far_keys: Keys of a tile with grouped ones, which holds cosines and sines as well.
+        near_keys: Keys of a tile of neighbors, a multiple of `far_keys`.
+        far_stages: What Triton calls `num_stages`: the grouped keys have `ceil((far_stages - 2) / 2)` tiles on their
+            way, since keys are found through the block table.
+        near_stages: The same of the neighbors.
         num_warps: Of a program.
 
     """
@@ -93,29 +93,29 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
     rows = max(16, triton.next_power_of_2(heads))
     num_warps = 8 if rows > 32 or head_size > 128 else 4
     if device.target is None:
-        return Tiles(rows, 32, 16, 1, 1, 1)
+        return Tiles(rows, 16, 32, 1, 1, 1)
     if itemsize == 4:
-        return Tiles(rows, 16, 16, 3, 1, 8)
+        return Tiles(rows, 16, 16, 1, 3, 8)
     if device.target.backend == "hip":
-        return Tiles(rows, *((64, 32) if head_size <= 128 else (32, 16)), 2, 2, 8 if rows > 32 else 4)
+        return Tiles(rows, *((32, 64) if head_size <= 128 else (16, 32)), 2, 2, 8 if rows > 32 else 4)
     if head_size <= 128:
-        return Tiles(rows, 64, 32, 5, 5, num_warps)
-    return Tiles(rows, 32, 16, 5, 1 if is_fp8 and device.is_cuda(120) else 3, 8)
+        return Tiles(rows, 32, 64, 5, 5, num_warps)
+    return Tiles(rows, 16, 32, 1 if is_fp8 and device.is_cuda(120) else 3, 5, 8)
 
 
 def prefill_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
     """Tiles for many queries per request; arguments as of `decode_tiles`."""
     at_least = triton.next_power_of_2(heads)
     if device.target is None:
-        return Tiles(max(64, at_least), 32, 16, 1, 1, 1)
+        return Tiles(max(64, at_least), 16, 32, 1, 1, 1)
     if itemsize == 4:  # without tensor cores, which would round
-        return Tiles(max(32, at_least), 16, 16, 3, 1, 8)
+        return Tiles(max(32, at_least), 16, 16, 1, 3, 8)
     if device.target.backend == "hip":
-        return Tiles(max(64, at_least), *((64, 32) if head_size <= 128 else (32, 16)), 2, 2, 4)
+        return Tiles(max(64, at_least), *((32, 64) if head_size <= 128 else (16, 32)), 2, 2, 4)
     if device.has_wgmma:
-        return Tiles(128, 64, 64, 5, 3, 8) if head_size <= 128 else Tiles(128, 32, 16, 3, 1, 8)
+        return Tiles(128, 64, 64, 3, 5, 8) if head_size <= 128 else Tiles(128, 16, 32, 1, 3, 8)
     if head_size <= 64:
-        return Tiles(128, 64, 32, 5, 5, 8)
+        return Tiles(128, 32, 64, 5, 5, 8)
     if head_size <= 128:
-        return Tiles(max(64, at_least), 32, 16, 5, 3, 8 if is_fp8 else 4)
-    return Tiles(max(16 if device.is_cuda(120) else 32, at_least), 32, 16, 3, 1, 8)
+        return Tiles(max(64, at_least), 16, 32, 3, 5, 8 if is_fp8 else 4)
+    return Tiles(max(16 if device.is_cuda(120) else 32, at_least), 16, 32, 1, 3, 8)

@@ -19,6 +19,7 @@ from vllm_selfextend import kv_connectors
 from vllm_selfextend.binding import change_numbers
 from vllm_selfextend.kv_connectors import cache_layout, with_layout
 from vllm_selfextend.plan import read_plan
+from vllm_selfextend.positions import GroupSize
 
 from .models import random_prompts
 
@@ -26,7 +27,7 @@ SAMPLING = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, detoke
 (PROMPT,) = random_prompts([200], seed=8)
 
 
-def extended(group_size: int, **settings: Any) -> dict[str, Any]:
+def extended(group_size: GroupSize, **settings: Any) -> dict[str, Any]:
     numbers = {"group_size": group_size, "neighbor_window": 16, **settings}
     return {"attention_backend": "CUSTOM", "max_model_len": 256, "additional_config": {"self_extend": numbers}}
 
@@ -61,6 +62,7 @@ def test_files_are_read_by_the_same_layout_only(
     engines = {
         "G 6": extended(6),
         "G 12": extended(12),
+        "auto": extended("auto"),
         "W 24": extended(6, neighbor_window=24),
         "reference": extended(6, kernel="reference"),
         "stock": stock,
@@ -69,7 +71,7 @@ def test_files_are_read_by_the_same_layout_only(
     for name, settings in engines.items():
         expected[name] = answer(start_engine(model, **settings, enable_prefix_caching=False))
     assert expected["G 6"] != expected["G 12"] != expected["stock"]
-    assert expected["W 24"] != expected["G 6"]
+    assert expected["G 6"] not in (expected["W 24"], expected["auto"])
 
     connector = through("ExampleConnector", shared_storage_path=str(tmp_path))
 
@@ -108,13 +110,15 @@ def test_what_connectors_go_by(checkpoint: Callable, tmp_path: Path) -> None:
     assert first[1] != other[1]
 
 
-def test_an_automatic_group_size_is_refused(checkpoint: Callable) -> None:
-    settings = extended(6)
-    settings["additional_config"] = {"self_extend": {"neighbor_window": 16}}
-    with pytest.raises(ValueError, match=r"group_size 'auto' follows from max_model_len.*Set it, to \d+ or"):
-        configure(checkpoint, "OffloadingConnector", **settings)
-    # Within the trained length nothing is grouped.
-    configure(checkpoint, "OffloadingConnector", **{**settings, "max_model_len": 64})
+def test_servers_of_other_lengths_share(checkpoint: Callable) -> None:
+    """What a key is follows from the tokens and from the numbers."""
+
+    def name(max_model_len: int, **numbers: Any) -> str:
+        settings = {**extended(6), "max_model_len": max_model_len, "additional_config": {"self_extend": numbers}}
+        return cache_layout(read_plan(configure(checkpoint, "OffloadingConnector", **settings)))
+
+    assert name(128) == name(256) == name(1024) == "self_extend-gauto4-w16-l64-exact64-log0-cpu-2"
+    assert name(128, group_size=8) == name(256, group_size=8) != name(256)
 
 
 def test_a_connector_that_cannot_be_told_is_named(checkpoint: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +128,7 @@ def test_a_connector_that_cannot_be_told_is_named(checkpoint: Callable, monkeypa
     assert said == []
     configure(checkpoint, "MooncakeConnector", **extended(6))
     assert "MooncakeConnector" in said[0]
-    assert "self_extend-g6-w16-l64-exact64-log0-cpu-1" in said[0]
+    assert "self_extend-g6-w16-l64-exact64-log0-cpu-2" in said[0]
 
 
 def test_every_number_that_changes_keys_is_in_the_name(checkpoint: Callable) -> None:

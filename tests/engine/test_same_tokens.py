@@ -116,7 +116,7 @@ def test_after_preemption(checkpoint: Callable, start_engine: Callable) -> None:
     assert counter(llm, "vllm:num_preemptions") > 0
 
 
-@pytest.mark.parametrize("block_size", [16, 128, 256])
+@pytest.mark.parametrize("block_size", [128, 256])
 def test_with_other_block_sizes(block_size: int, alone: Answers, checkpoint: Callable, start_engine: Callable) -> None:
     llm = start_engine(checkpoint("llama"), **SETTINGS, block_size=block_size)
     check(answers(llm, prompts()), alone)

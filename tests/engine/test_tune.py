@@ -36,18 +36,18 @@ def generate(llm, num_prompts: int = 3) -> list[tuple[list[int], list[float]]]:
 
 def test_changed_numbers_give_the_tokens_of_an_engine_started_with_them(start_engine) -> None:
     wanted = {}
-    for numbers in ((6, 64), (9, 100)):
+    for numbers in ((6, 64), ("auto", 100)):
         settings = {CONFIG_KEY: dict(zip(("group_size", "neighbor_window"), numbers, strict=True))}
         llm = start_engine(MODEL_DIR, max_model_len=REACH, attention_backend="CUSTOM", additional_config=settings)
         wanted[numbers] = generate(llm)
     # The engine now runs with the second numbers, and has cached the prompts' keys with them.
-    for numbers in ((6, 64), (9, 100), (6, 64)):
+    for numbers in ((6, 64), ("auto", 100), (6, 64)):
         llm.collective_rpc("change_numbers", args=numbers)
         assert llm.reset_prefix_cache()
         for (tokens, logprobs), (right_tokens, right_logprobs) in zip(generate(llm), wanted[numbers], strict=True):
             assert tokens == right_tokens
             assert logprobs == pytest.approx(right_logprobs, abs=1e-4)
-    (_, some), (_, other) = wanted[6, 64][0], wanted[9, 100][0]
+    (_, some), (_, other) = wanted[6, 64][0], wanted["auto", 100][0]
     assert some != pytest.approx(other, abs=1e-2), "the numbers matter here"
     with pytest.raises(ValueError, match="Set group_size to"):
         llm.collective_rpc("change_numbers", args=(2, 64))
@@ -82,8 +82,9 @@ def test_tune_finds_a_cell_at_least_as_good_as_auto(task: str, tmp_path: Path) -
     found = json.loads((tmp_path / "tuning.json").read_text())
     means = {(cell["group_size"], cell["neighbor_window"]): cell["mean"] for cell in found["cells"]}
     assert len(means) >= 4
-    assert all(capacity(256, *numbers) >= REACH for numbers in means)
+    assert found["auto"] == ["auto", 64]
+    assert all(group_size == "auto" or capacity(256, group_size, window) >= REACH for group_size, window in means)
     assert means[tuple(found["best"])] == min(means.values()) <= means[tuple(found["auto"])]
     group_size, window = found["best"]
-    assert f'{{"self_extend": {{"group_size": {group_size}, "neighbor_window": {window}}}}}' in done.stdout
+    assert f'{{"self_extend": {{"group_size": {json.dumps(group_size)}, "neighbor_window": {window}}}}}' in done.stdout
     assert (tmp_path / "tuning.png").read_bytes().startswith(b"\x89PNG")

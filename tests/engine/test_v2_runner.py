@@ -16,7 +16,7 @@ from vllm import LLM
 
 from . import v2_runner
 from .draft_heads import save_model_and_heads
-from .models import TRAINED_LENGTH, random_prompts, save_random_adapter
+from .models import random_prompts, save_random_adapter
 
 NEW_TOKENS = 6
 LENGTHS = (5, 40, 65, 130)  # within the trained length of 64, just past it, and far past it
@@ -165,15 +165,6 @@ def test_tensor_parallel(checkpoint: Callable, on_v1: Callable, on_v2: Callable)
     found = on_v2(serve(model, "triton", tensor_parallel_size=2), prompts()[:3:2])
     assert len(found["runners"]) == 2
     assert found["answers"] == [expected[0][:3:2]]
-
-
-def test_flash_attention_in_a_prefill(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
-    model = checkpoint("llama")
-    expected = on_v1(serve(model, "cpu"), prompts())["answers"]
-    found = on_v2(serve(model, "flash"), prompts())
-    assert found["answers"] == expected
-    # What has grouped keys: the queries past the trained length, in each of 3 layers. Decodes are not FlashAttention's.
-    assert sum(found["flash_queries"]) == 3 * sum(max(0, length - TRAINED_LENGTH) for length in LENGTHS)
 
 
 def test_graphs_replayed_for_other_batches(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:

@@ -70,26 +70,6 @@ class Case(TypedDict):
     rounds: list[dict[str, Any] | None]
 
 
-def use_flash_stand_in() -> list[int]:
-    """Give the kernel set "flash" its stand-in, and return a list that gets how many queries each call is given."""
-    from vllm.plugins import load_general_plugins
-
-    from tests.kernels import flash_stand_in
-    from vllm_selfextend.backends import KERNEL_SETS
-    from vllm_selfextend.backends.flash import FlashAttention, FlashKernels
-
-    num_queries: list[int] = []
-
-    def attend(**arguments: Any) -> Any:
-        num_queries.append(int(arguments["cu_seqlens_q"][-1]))
-        return flash_stand_in.attend(**arguments)
-
-    kernels = FlashKernels(FlashAttention("the stand-in", attend, majors=(), dtypes=flash_stand_in.DTYPES))
-    load_general_plugins()  # not after: ours gives it the one that vLLM has
-    KERNEL_SETS["flash"] = KERNEL_SETS["flash"]._replace(load=lambda: kernels)
-    return num_queries
-
-
 def run(case: Case, start_engine: Callable[..., Any]) -> dict[str, Any]:
     """Start an engine, and put all prompts to it as often as asked."""
     from vllm import SamplingParams
@@ -145,12 +125,9 @@ def main() -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not lie among the answers
-    num_flash_queries = use_flash_stand_in()
     with engines() as start_engine:
         for line in sys.stdin:
-            num_flash_queries.clear()
-            found = run(json.loads(line), start_engine)
-            print(json.dumps({**found, "flash_queries": num_flash_queries}), file=answers, flush=True)
+            print(json.dumps(run(json.loads(line), start_engine)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

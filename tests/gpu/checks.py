@@ -16,28 +16,39 @@ from vllm_selfextend.backends.interface import AttentionBatch, Kernels
 
 from .graphs import capture
 
-BATCHES = {**VLLM_BATCHES, "speculation": ((4, 213), (2, 2), (8, 1312), (3, 7), (5, 7812))}
-"""`(query_len, seq_len)` of each request."""
+BATCHES = {**VLLM_BATCHES, "speculation": ((4, 213), (8, 30), (2, 2), (8, 1028), (3, 7), (5, 7812))}
+"""`(query_len, seq_len)` of each request; some queries of one are on both sides of a trained length."""
 
 SMALL_BATCHES = {
     "decode": ((1, 1), (1, 33), (1, 50)),
     "prefill": ((17, 17), (20, 50)),
     "mixed": ((1, 33), (17, 40), (1, 2)),
-    "speculation": ((4, 50), (2, 2)),
+    "speculation": ((4, 50), (8, 30), (2, 2)),
 }
 """For Triton's interpreter."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     **VLLM_VARIANTS,
     "interleaved, partial rotary": {"group_size": 4, "neighbor_window": 512, "interleaved": True},
-    "log scale": {"group_size": 8, "neighbor_window": 1024, "log_scale_len": 1024},
+    "log scale, a size for few tokens": {
+        "group_size": "auto",
+        "neighbor_window": 5,
+        "exact_len": 24,
+        "log_scale_len": 1024,
+    },
 }
 SMALL_VARIANTS: dict[str, dict[str, Any]] = {
     "G 8, W 32, exact": {"group_size": 8, "neighbor_window": 32, "exact_len": 40},
     "G 5, W 18, soft cap, sinks": {"group_size": 5, "neighbor_window": 18, "soft_cap": 2.0, "has_sinks": True},
+    "automatic, L 40": {"group_size": "auto", "exact_len": 40, "neighbor_window": 16},
     "ordinary, sliding window": {"group_size": 1, "sliding_window": 20},
     "interleaved, partial rotary": {"group_size": 4, "neighbor_window": 16, "interleaved": True},
-    "log scale": {"group_size": 8, "neighbor_window": 16, "log_scale_len": 20},
+    "log scale, a size for few tokens": {
+        "group_size": "auto",
+        "neighbor_window": 5,
+        "exact_len": 24,
+        "log_scale_len": 20,
+    },
 }
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -45,8 +56,8 @@ BLOCK_SIZES = (16, 128)
 MOST_SPECULATED = 8
 """New tokens per request, in a step that a graph is captured for request by request."""
 
-NUM_LAYERS, NUM_SMALL_LAYERS = 10, 5
-"""Every value of every axis is among the first five layers, more pairs in the others."""
+NUM_LAYERS, NUM_SMALL_LAYERS = 12, 6
+"""Every value of every axis is among the first six layers, more pairs in the others."""
 
 
 class Numbers(NamedTuple):
@@ -110,20 +121,19 @@ class Result(NamedTuple):
         }
 
 
-def checks(*, small: bool, num_layers: int, smallest_block: int = 16) -> list[Check]:
+def checks(*, small: bool, num_layers: int) -> list[Check]:
     """The first `num_layers` layers, each with every kind of batch; `small` ones are for Triton's interpreter."""
     lengths = (SMALL_BATCHES, SMALL_VARIANTS) if small else (BATCHES, VARIANTS)
-    return list(_checks(*lengths, num_layers, smallest_block))
+    return list(_checks(*lengths, num_layers))
 
 
 def _checks(
     batches: dict[str, tuple[tuple[int, int], ...]],
     variants: dict[str, dict[str, Any]],
     num_layers: int,
-    smallest_block: int,
 ) -> Iterator[Check]:
     for index in range(num_layers):
-        variant = list(variants)[(index + 3 * (index // 5)) % 5]
+        variant = list(variants)[(index + index // 6) % 6]
         num_heads, num_kv_heads = VLLM_HEADS[index % 3]
         head_size, numbers = HEAD_SIZES[index % 5], NUMBERS[index % 4]
         for seed, (batch, requests) in enumerate(batches.items()):
@@ -133,7 +143,7 @@ def _checks(
                 num_kv_heads=num_kv_heads,
                 head_size=head_size,
                 rotary_dim=head_size // 2 if "partial" in variant else head_size,
-                block_size=max(BLOCK_SIZES[(index + index // 5) % 2], smallest_block),
+                block_size=BLOCK_SIZES[(index + index // 6) % 2],
                 kv_scales=numbers.kv_scales,
                 seed=seed,
                 base=10000.0,

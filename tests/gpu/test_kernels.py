@@ -8,7 +8,6 @@ import torch
 from vllm_selfextend.backends import load_kernels
 
 from . import checks
-from .flash import load_flash
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,16 +22,3 @@ pytestmark = [
 def test_against_the_reference_twice_and_in_a_graph(check: checks.Check) -> None:
     result = checks.make(check, load_kernels("triton"), torch.device("cuda"))
     assert not result.problem
-
-
-def test_flash_attention_against_the_reference_twice_and_in_a_graph() -> None:
-    try:
-        kernels = load_flash()
-    except ImportError as error:
-        pytest.skip(str(error))
-    if problem := kernels.unsupported_device(torch.device("cuda"), torch.cuda.get_device_capability()):
-        pytest.skip(problem)
-    smallest_block = kernels.flash_attention.block_multiple
-    todo = checks.checks(small=False, num_layers=checks.NUM_LAYERS, smallest_block=smallest_block)
-    results = [checks.make(check, kernels, torch.device("cuda")) for check in todo]
-    assert not [f"{result.check}: {result.problem}" for result in results if result.problem]

@@ -27,16 +27,14 @@ def test_kernels_compile_for_gpus_without_spills_in_loops(tmp_path: Path) -> Non
     run_script("triton_compile", *options, "--json", str(tmp_path / "rows"), interpret=False)
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
     attention = [row for row in rows if row["kernel"] == "attention"]
-    # Three steps of both caches, and the neighbors beside FlashAttention, which does not read fp8.
-    assert len(attention) == len(targets) * 3 * (2 * 3 + 1)
+    assert len(attention) == len(targets) * 3 * 2 * 3  # head sizes, caches and steps
     for row in rows:
-        # The grouped run's loop, the mixed tiles' and the neighbors'.
-        num_loops = {"attention": 2 if row["step"] == "neighbors" else 3}.get(row["kernel"], 0)
-        assert len(row["loops"]) == num_loops, row
+        # Of grouped keys, of mixed tiles, of neighbors and of the last ones.
+        assert len(row["loops"]) == (4 if row["kernel"] == "attention" else 0), row
         assert not any(loop["spills"] for loop in row["loops"]), row
         assert not row["problems"], row
     for row in attention:
-        if row["step"] in ("prefill", "neighbors"):
+        if row["step"] == "prefill":
             assert row["loops"][0]["instruction"] == targets[row["target"]], row
 
 
@@ -54,5 +52,5 @@ def test_the_gpu_benchmarks_check_of_the_kernels() -> None:
 
 @pytest.mark.slow
 def test_nothing_is_compiled_after_start_up() -> None:
-    """Whatever the step, if `warm_up` was called, with one kernel set or the other, for layers of both kinds."""
+    """Whatever the step, if `warm_up` was called, for layers of both kinds."""
     assert "after it: 0." in run_script("launch_cost", "--repeats", "1", interpret=False)

@@ -1,7 +1,4 @@
-"""The Triton kernels, in Triton's interpreter, against the paper's formula in float64; a case takes seconds.
-
-Prefills also with FlashAttention's stand-in for their grouped keys.
-"""
+"""The Triton kernels, in Triton's interpreter, against the paper's formula in float64; a case takes seconds."""
 
 import itertools
 from dataclasses import replace
@@ -13,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends import reference, triton
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams
 from vllm_selfextend.backends.triton import launches
 from vllm_selfextend.backends.triton.tiles import Device
 
 from .cases import TOLERANCE, Case, Problem, expected, run
-from .flash_kernels import FLASH
 from .test_kernels import HEADS, SLID, VARIANTS, cases, check_changes_in_place, three_tokens
 
 # The lengths of `test_against_stock.py`, cut to what the interpreter can do.
@@ -28,13 +24,13 @@ BATCHES = {
     "mixed": ((17, 45), (1, 70), (9, 19), (1, 42), (20, 20)),
     "speculation": ((2, 40), (4, 4), (12, 60), (1, 33)),
 }
-with_flash = pytest.mark.parametrize("kernels", [triton, FLASH], ids=["triton", "flash"])
+FEW_TOKENS_A_SIZE = VARIANTS["automatic, a size for few tokens"]
 LENGTHS = [n + more for n in (16, 32, 48, 64, 128) for more in (-1, 0, 1)]
 
 
-def check(case: Case, dtype: torch.dtype, kernels: Kernels = triton) -> None:
+def check(case: Case, dtype: torch.dtype) -> None:
     problem = Problem.of(case, dtype)
-    got = run(kernels, problem, dtype).double()
+    got = run(triton, problem, dtype).double()
     torch.testing.assert_close(got, expected(problem), atol=TOLERANCE[dtype], rtol=0.0)
 
 
@@ -44,45 +40,47 @@ def test_the_papers_formula(batch: str, variant: str) -> None:
     check(Case(BATCHES[batch], **VARIANTS[variant]), torch.float32)
 
 
-@pytest.mark.parametrize("variant", [name for name, layer in VARIANTS.items() if layer.get("group_size") != 1])
-@pytest.mark.parametrize("batch", ["prefill", "mixed"])
-def test_the_papers_formula_with_flash_attention(batch: str, variant: str) -> None:
-    check(Case(BATCHES[batch], **{**VARIANTS[variant], "sliding_window": 0}), torch.float32, FLASH)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_dtypes_and_heads(heads: tuple[int, int], dtype: torch.dtype) -> None:
     for batch in BATCHES.values():
-        check(Case(batch, num_heads=heads[0], num_kv_heads=heads[1], exact_len=16, neighbor_window=24), dtype)
-    check(Case(BATCHES["mixed"], num_heads=heads[0], num_kv_heads=heads[1]), dtype, FLASH)
+        for layer in ({"exact_len": 16, "neighbor_window": 24}, FEW_TOKENS_A_SIZE):
+            check(Case(batch, num_heads=heads[0], num_kv_heads=heads[1], **layer), dtype)
 
 
 @pytest.mark.parametrize("heads", [(20, 1), (71, 1), (16, 4)], ids=str)
 def test_more_heads_than_a_tile_has_rows_and_few(heads: tuple[int, int]) -> None:
     for batch in ("speculation", "mixed"):
         check(Case(BATCHES[batch], num_heads=heads[0], num_kv_heads=heads[1]), torch.float32)
-    check(Case(BATCHES["mixed"], num_heads=heads[0], num_kv_heads=heads[1]), torch.float32, FLASH)
 
 
 @pytest.mark.parametrize(("head_size", "block_size"), [*itertools.product([32, 80, 96, 128, 256], [16, 48, 128])])
-@with_flash
-def test_head_and_block_sizes(kernels: Kernels, head_size: int, block_size: int) -> None:
+def test_head_and_block_sizes(head_size: int, block_size: int) -> None:
     shape = {"num_heads": 2, "num_kv_heads": 1, "head_size": head_size, "rotary_dim": head_size}
-    check(Case(((1, 65), (40, 90)), block_size=block_size, **shape), torch.float32, kernels)
+    check(Case(((1, 65), (40, 90)), block_size=block_size, **shape), torch.float32)
 
 
-@pytest.mark.parametrize("group_size", [1, 3, 8])
-def test_lengths_around_every_boundary(group_size: int) -> None:
+@pytest.mark.parametrize("group_size", [1, 3, 8, "auto"])
+def test_lengths_around_every_boundary(group_size: int | str) -> None:
     """Of cache blocks, tiles, blocks of queries, the neighbor window and the exact length: each, one less, one more."""
     shape = {"num_heads": 2, "num_kv_heads": 1, "block_size": 48, "group_size": group_size, "neighbor_window": 32}
-    check(Case(tuple((1, n) for n in LENGTHS), **shape, exact_len=48), torch.float32)
-    check(Case(tuple((min(n, 65), n) for n in LENGTHS), **shape), torch.float32)
-    check(Case(tuple((min(n, 65), n) for n in LENGTHS), **shape, exact_len=48), torch.float32, FLASH)
     # As many queries as a decode's block has, as a decode has at most, and as a prefill's block has.
     query_lens = [n + more for n in (8, 16, 32) for more in (-1, 0, 1)]
-    check(Case(tuple((n, n + 50) for n in query_lens), **shape), torch.float32)
-    check(Case(tuple((n, n + 50) for n in query_lens), **shape), torch.float32, FLASH)
+    for exact_len in (48,) if group_size == "auto" else (0, 48):
+        check(Case(tuple((1, n) for n in LENGTHS), **shape, exact_len=exact_len), torch.float32)
+        check(Case(tuple((min(n, 65), n) for n in LENGTHS), **shape, exact_len=exact_len), torch.float32)
+        check(Case(tuple((n, n + 50) for n in query_lens), **shape, exact_len=exact_len), torch.float32)
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+def test_queries_of_several_group_sizes(is_interleaved: bool) -> None:
+    """In a block of a decode or a prefill, of requests side by side; steps of the sizes, `L` among them, at any row."""
+    shape = {"num_heads": 2, "num_kv_heads": 1, "rotary_dim": 24, "interleaved": is_interleaved}
+    case = Case(((1, 200),), **shape, **FEW_TOKENS_A_SIZE)
+    assert len(case.group_sizes()[20:36].unique()) == 7
+    for query_len in (2, 3, 5, 8, 16, 17, 33, 70):
+        lengths = {max(n, query_len) for n in (24, 25, 31, 39, 40, 77, 200)}
+        check(replace(case, requests=tuple((query_len, n) for n in sorted(lengths))), torch.float32)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.uint8], ids=str)
@@ -174,7 +172,7 @@ def test_how_many_programs_share_a_context() -> None:
     query, kv_cache = (torch.empty(shape, device="meta") for shape in ((2, 32, 128), (4, 8, 16, 256)))
     hopper = Device(None, 132)
     layer, sliding = (
-        launches.AttentionLayer(query, kv_cache, query, params, hopper, has_far=False)
+        launches.AttentionLayer(query, kv_cache, query, params, hopper)
         for params in (AttentionParams(1.0), AttentionParams(1.0, sliding_window=4096))
     )
     splits = {
@@ -212,14 +210,13 @@ def test_a_workspace_is_enough_or_an_error() -> None:
 
 
 @pytest.mark.parametrize("batch", ["decode", "mixed"])
-@with_flash
-def test_a_captured_step_replayed(kernels: Kernels, batch: str) -> None:
+def test_a_captured_step_replayed(batch: str) -> None:
     """What vLLM's CUDA graphs do: padding requests of no tokens, padding tokens of no request, and upper bounds."""
     problem = Problem.of(Case(BATCHES[batch]), torch.float32)
     num_tokens = sum(query_len for query_len, _ in BATCHES[batch])
     max_query_len = 1 if batch == "decode" else num_tokens + 3
-    wanted = run(kernels, problem, torch.float32)
-    got = run(kernels, problem, torch.float32, padding=3, max_query_len=max_query_len)
+    wanted = run(triton, problem, torch.float32)
+    got = run(triton, problem, torch.float32, padding=3, max_query_len=max_query_len)
     assert got[num_tokens:].isnan().all(), "padding was written"
     torch.testing.assert_close(got[:num_tokens], wanted, atol=2e-6, rtol=0.0)
 
@@ -244,8 +241,7 @@ def test_a_step_of_padding_only() -> None:
     assert out.isnan().all()
 
 
-@with_flash
-def test_any_strides(kernels: Kernels) -> None:
+def test_any_strides() -> None:
     case = Case(BATCHES["mixed"], interleaved=True, rotary_dim=20)
     problem = Problem.of(case, torch.float32)
 
@@ -260,13 +256,13 @@ def test_any_strides(kernels: Kernels) -> None:
                 self.cache = kv_cache.new_full([2 * blocks, *shape], float("nan"))[::2]
             fused = torch.cat([key, value], dim=2)
             key, value = fused.split(key.shape[2], dim=2)
-            kernels.store_kv(key.mT.contiguous().mT, value, self.cache, *rest)
+            triton.store_kv(key.mT.contiguous().mT, value, self.cache, *rest)
 
         def attention(self, query: torch.Tensor, kv_cache: torch.Tensor, *rest: Any) -> None:
             *batch_and_params, out = rest
             there = torch.stack([out, out], dim=-1)[..., 1]
             query = query.transpose(0, 1).contiguous().transpose(0, 1)
-            kernels.attention(query, self.cache, *batch_and_params, there)
+            triton.attention(query, self.cache, *batch_and_params, there)
             out.copy_(there)
 
     torch.testing.assert_close(run(Strided(), problem, torch.float32).double(), expected(problem), atol=2e-5, rtol=0.0)
@@ -292,12 +288,12 @@ def test_nan_reaches_the_output() -> None:
 
 @pytest.mark.slow
 @settings(max_examples=60, derandomize=True)
-@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.sampled_from([triton, FLASH]))
-def test_random_cases(case: Case, dtype: torch.dtype, kernels: Kernels) -> None:
+@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def test_random_cases(case: Case, dtype: torch.dtype) -> None:
     problem = Problem.of(case, dtype)
     # The reference, proved in `test_kernels.py`, is the faster oracle.
     wanted = run(reference, problem, torch.float64)
-    got = run(kernels, problem, dtype).double()
+    got = run(triton, problem, dtype).double()
     torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=0.0)
 
 
@@ -309,9 +305,3 @@ def test_negative_slots_are_not_stored() -> None:
     assert kv_cache[0].count_nonzero() == 0
     assert kv_cache[1, :, 2:].count_nonzero() == 0
     assert kv_cache[1, :, :2].count_nonzero() > 0
-
-
-def test_grouping_without_a_rotation_is_an_error() -> None:
-    key = torch.ones(3, 2, 32)
-    with pytest.raises(ValueError, match=r"group_size is 4.*params\.rotation, which is None"):
-        triton.store_kv(key, key, torch.zeros(2, 2, 16, 64), three_tokens(), AttentionParams(1.0, group_size=4))

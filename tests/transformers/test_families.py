@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import vllm_selfextend.transformers as SelfExtend
 from tests.engine import oracle
 from tests.engine.models import TRAINED_LENGTH, random_prompts
+from vllm_selfextend.positions import GroupSize
 
 from .families import FAMILIES
 from .prompts import greedy
@@ -17,8 +18,12 @@ NEW_TOKENS = 6
 LENGTHS = (11, 60, 170)
 """On both sides of the window and of the trained length; the second crosses it while it is answered."""
 
-# A group size that divides the window and one that does not; both settings of exact_short; (G, W, exact_short).
-NUMBERS = {"divides": (4, 16, False), "odd": (5, 18, True)}
+# A group size that divides the window, one that does not, and one for each query; both settings of exact_short.
+NUMBERS: dict[str, tuple[GroupSize, int, bool]] = {
+    "divides": (4, 16, False),
+    "odd": (5, 18, True),
+    "auto": ("auto", 18, True),
+}
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)
@@ -27,7 +32,8 @@ def test_tokens_equal_the_papers(name: str, numbers: str, checkpoint: Callable[[
     group_size, window, exact_short = NUMBERS[numbers]
     path = checkpoint(name)
     model = oracle.model_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=torch.float32)
-    SelfExtend.apply(model, group_size, window, trained_length=TRAINED_LENGTH, exact_short=exact_short)
+    plan = SelfExtend.apply(model, group_size, window, trained_length=TRAINED_LENGTH, exact_short=exact_short)
+    assert group_size != "auto" or len(plan.group_sizes(LENGTHS[-1]).unique()) > 8
     prompts = random_prompts(LENGTHS, seed=1)
     answers, logprobs = greedy(model, prompts, NEW_TOKENS)
     method = oracle.SelfExtend(group_size, window, TRAINED_LENGTH if exact_short else 0)

@@ -16,7 +16,7 @@ import vllm_selfextend.transformers as SelfExtend
 from tests.engine.models import random_prompts
 from tests.kernels.flash_stand_in import varlen_func
 from vllm_selfextend.backends import reference
-from vllm_selfextend.backends.interface import AttentionParams, Rotation, num_rotation_steps
+from vllm_selfextend.backends.interface import AttentionParams, GroupSizes, Rotation, num_rotation_steps
 from vllm_selfextend.rotary import cos_sin
 from vllm_selfextend.transformers import extension
 from vllm_selfextend.transformers.flash_attention import FlashAttention
@@ -25,7 +25,7 @@ from vllm_selfextend.transformers.step import Step
 from .families import FAMILIES, random_model
 from .prompts import greedy, padded
 
-NUMBERS = {"divides": (4, 16, False), "odd": (5, 18, True)}
+NUMBERS = {"divides": (4, 16, False), "odd": (5, 18, True), "auto": ("auto", 16, True)}
 PROMPTS = random_prompts([150, 61, 12], seed=7)
 
 
@@ -143,21 +143,23 @@ def test_compiled(stand_in: StandIn) -> None:
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[Step, AttentionParams]:
     """A chunk of a batch of padded texts, at any place of them."""
-    group_size = draw(st.integers(1, 7))
     window = draw(st.integers(1, 20))
-    exact_len = draw(st.sampled_from([0, window, window + 5, 40]))
     length = draw(st.integers(1, 60))
     rows = draw(st.integers(1, length))
+    numbers = [8, 8, 9, 9, 16, 37, 200]
+    eighths = draw(st.lists(st.sampled_from(numbers), min_size=1, max_size=5).map(sorted))
+    runs = draw(st.lists(st.integers(1, 40), min_size=len(eighths), max_size=len(eighths)))
+    runs[-1] += length
+    sizes = GroupSizes.of(torch.tensor(eighths).repeat_interleave(torch.tensor(runs)))
     frequencies = 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
-    rotation = Rotation(cos_sin(frequencies, 0, num_rotation_steps(length, group_size, window), torch.float64))
+    steps = num_rotation_steps(len(sizes.eighths), sizes.largest, window)
     params = AttentionParams(
         0.4,
-        group_size,
+        sizes,
         window,
-        exact_len,
         log_scale_len=draw(st.sampled_from([0, 20])),
         soft_cap=draw(st.sampled_from([0.0, 2.0])),
-        rotation=rotation if group_size > 1 else None,
+        rotation=Rotation(cos_sin(frequencies, 0, steps, torch.float64)),
         sinks=draw(st.sampled_from([None, torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)])),
     )
     if draw(st.booleans()):
@@ -241,4 +243,11 @@ def test_heads_that_are_too_large() -> None:
     flash = FlashAttention(varlen_func, "cpu", (torch.float64,))
     x = torch.zeros(1, 1, 3, 264, dtype=torch.float64)
     with pytest.raises(ValueError, match="the head size is 264, and FlashAttention takes up to 256"):
+        flash.attend(x, x, x, Step.of(None, 3, 3, x.device), AttentionParams(1.0))
+
+
+def test_layers_without_group_sizes() -> None:
+    flash = FlashAttention(varlen_func, "cpu", (torch.float64,))
+    x = torch.zeros(1, 1, 3, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="group_sizes is None: ordinary attention needs no parts"):
         flash.attend(x, x, x, Step.of(None, 3, 3, x.device), AttentionParams(1.0))

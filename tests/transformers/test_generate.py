@@ -12,15 +12,20 @@ from tests.engine.models import random_prompts
 from .families import FAMILIES, random_model
 from .prompts import greedy, padded
 
-NUMBERS = (4, 16)
+NUMBERS: dict[str, tuple[int, ...]] = {"G 4": (4, 16), "auto": ()}
 PROMPTS = random_prompts([150, 61, 12], seed=7)
 NEW_TOKENS = 8
 
 
+@pytest.fixture(scope="module", params=NUMBERS)
+def numbers(request: pytest.FixtureRequest) -> tuple[int, ...]:
+    return NUMBERS[request.param]
+
+
 @pytest.fixture(scope="module", params=["llama", "gemma2"])
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+def model(request: pytest.FixtureRequest, numbers: tuple[int, ...]) -> PreTrainedModel:
     model = random_model(FAMILIES[request.param])
-    SelfExtend.apply(model, *NUMBERS)
+    SelfExtend.apply(model, *numbers)
     return model
 
 
@@ -113,10 +118,43 @@ def test_several_answers_to_one_text(model: PreTrainedModel) -> None:
     assert out.shape == (4, inputs["input_ids"].shape[1] + 3)
 
 
-def test_one_graph_for_all_decode_steps() -> None:
+@torch.no_grad()
+def test_a_cache_that_is_cropped(numbers: tuple[int, ...]) -> None:
+    model = random_model(FAMILIES["llama"])
+    SelfExtend.apply(model, *numbers)
+    first, second, third = (torch.tensor([text]) for text in random_prompts([100, 30, 40], seed=10))
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.cat([first, second], 1), past_key_values=cache)
+    cache.crop(100)
+    got = model(input_ids=third, past_key_values=cache).logits
+    wanted = model(input_ids=torch.cat([first, third], 1), use_cache=False).logits[:, 100:]
+    torch.testing.assert_close(got, wanted, atol=2e-4, rtol=0.0)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@torch.no_grad()
+def test_a_graph_that_reads_prompts(numbers: tuple[int, ...], dynamic: bool | None) -> None:
+    """Compiled before anything is read: what is turned by is made on the way, without a graph break."""
+    model = random_model(FAMILIES["llama"])
+    SelfExtend.apply(model, *numbers)
+    torch._dynamo.reset()
+    step = torch.compile(model.forward, fullgraph=True, dynamic=dynamic, backend="eager")
+    got = []
+    for text in (torch.tensor([prompt]) for prompt in PROMPTS[:2]):
+        size = text.shape[1] + 10
+        mask = (torch.arange(size) < text.shape[1]).long()[None]
+        cache = StaticCache(config=model.config, max_cache_len=size)
+        positions = torch.arange(text.shape[1])[None]
+        got.append(step(input_ids=text, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+    for logits, prompt in zip(got, PROMPTS, strict=False):
+        wanted = model(input_ids=torch.tensor([prompt]), use_cache=False).logits
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_one_graph_for_all_decode_steps(numbers: tuple[int, ...]) -> None:
     """`torch.compile` with a static cache: no graph break, nothing compiled again for a later token."""
     model = random_model(FAMILIES["llama"])
-    SelfExtend.apply(model, *NUMBERS)
+    SelfExtend.apply(model, *numbers)
     prompts = random_prompts([100, 40], seed=9)
     wanted, _ = greedy(model, prompts, 6)
     inputs = padded(prompts)

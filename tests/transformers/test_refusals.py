@@ -93,11 +93,11 @@ def test_some_layers_without_rope(seed: int) -> None:
 
 
 def test_keys_of_a_layer_of_another_kind() -> None:
-    """The last layer sees the whole context; the first one's keys are those of a window."""
+    """The last layer sees the whole context; the first one, with a window, rotates in another way."""
     model = random_model(FAMILIES["gemma3n"])
     model.model.layers[-1].self_attn.kv_shared_layer_index = 0
     model.model.layers[0].self_attn.store_full_length_kv = True
-    with pytest.raises(ValueError, match="attends to keys that another layer has made, and not as that one does"):
+    with pytest.raises(ValueError, match="Gemma3nTextAttention: its queries and keys are not what the model's RoPE"):
         SelfExtend.apply(model, 4, 16)
 
 
@@ -130,19 +130,23 @@ def test_a_rotation_that_no_frequencies_of_the_model_explain(model: PreTrainedMo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"group_size": 0}, "group_size is 0; it must be an integer from 1 to 1073741824"),
+        ({"group_size": 0}, 'group_size is 0; it must be an integer from 1 to 134217728, or "auto"'),
         ({"group_size": 2.0}, "group_size is 2.0"),
         ({"group_size": 2**31}, "group_size is 2147483648; it must be"),
+        ({"group_size": "Auto"}, "group_size is 'Auto'"),
         ({"window_size": True}, "window_size is True"),
         ({"window_size": -4}, "window_size is -4"),
         ({"trained_length": float("nan")}, "trained_length is nan"),
         ({"trained_length": 2**63}, "trained_length is 9223372036854775808"),
         ({"window_size": 65}, "window_size is 65, more than the trained length 64.*at most 64"),
         ({"trained_length": 10}, "window_size is 16, more than the trained length 10"),
-        ({"scale_base": 1}, "scale_base is 1; it must be an integer from 2 to 1073741824, or -1"),
+        ({"scale_base": 1}, "scale_base is 1; it must be an integer from 2 to 134217728, or -1"),
         ({"scale_base": 2**40}, "scale_base is 1099511627776"),
         ({"scale_base": float("nan")}, "scale_base is nan"),
         ({"exact_short": 1}, "exact_short is 1"),
+        ({"group_size": "auto", "exact_short": False}, 'exact_short is False, and group_size is "auto"'),
+        ({"group_size": "auto", "window_size": 48}, "window_size is 48, and an automatic group_size.*at most 47"),
+        ({"group_size": "auto", "trained_length": 2, "window_size": 1}, "at most 0, or pass a number for group_size"),
     ],
 )
 def test_numbers_that_are_not_allowed(model: PreTrainedModel, arguments: dict[str, Any], message: str) -> None:
@@ -163,7 +167,9 @@ def text(length: int) -> torch.Tensor:
 
 def test_a_text_past_what_the_numbers_reach(extended: PreTrainedModel) -> None:
     extended(input_ids=text(208))
-    with pytest.raises(ValueError, match=r"has 209 tokens.*reaches 208. Apply it with a group_size of 5 or more"):
+    with pytest.raises(
+        ValueError, match=r"has 209 tokens.*reaches 208.*without a group_size, or with one of 5 or more"
+    ):
         extended(input_ids=text(209))
     padded = torch.cat([torch.full((1, 20), PAD), text(208)], 1)
     extended(input_ids=padded, attention_mask=(padded != PAD).long())

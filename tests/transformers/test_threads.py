@@ -130,6 +130,22 @@ def test_a_model_is_not_changed_while_it_answers(model: PreTrainedModel, other_t
     assert torch.equal(logits(model, TEXTS[0]), before)
 
 
+def test_a_call_within_another(model: PreTrainedModel) -> None:
+    """In one thread: of the same model, and of one that reads longer texts; the outer one has weights to give."""
+    other = random_model(FAMILIES["llama"], seed=1)
+    SelfExtend.apply(model, 4, 16)
+    SelfExtend.apply(other)
+    wanted, long = logits(model, TEXTS[0]), torch.tensor(random_prompts([300], seed=7))
+    for one, text in ((model, TEXTS[2]), (other, long)):
+        alone, inner = logits(one, text), []
+        cache = Interrupted(model, lambda one=one, text=text, inner=inner: inner.append(logits(one, text)))
+        with torch.no_grad():
+            out = model(input_ids=TEXTS[0], past_key_values=cache, output_attentions=True)
+        assert torch.equal(out.logits, wanted)
+        assert len(out.attentions) == model.config.num_hidden_layers
+        assert torch.equal(inner[0], alone)
+
+
 def test_after_a_call_that_raised(model: PreTrainedModel) -> None:
     """In the middle of a layer: whatever it left is no business of the next."""
     SelfExtend.apply(model, 4, 16)

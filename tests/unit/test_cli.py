@@ -88,14 +88,16 @@ def write_config(folder: Path, **changes: object) -> Path:
 def test_plan_prints_a_command_for_the_shell(tmp_path: Path) -> None:
     model = write_config(tmp_path / "it's mine")
     arguments = {"dtype": "float32", "enforce_eager": True, "hf_overrides": {"a b": 1}, "enable_prefix_caching": False}
-    result = invoke("plan", model, "--max-model-len", "4k", "--engine-args", json.dumps(arguments))
+    options = "--max-model-len", "4k", "--engine-args", json.dumps(arguments)
+    result = invoke("plan", model, *options, "--neighbor-window", 48)
     command = shlex.split(result.stdout[result.stdout.index("vllm serve") :])
     assert command[:3] == ["vllm", "serve", str(model)]
     assert command[command.index("--max-model-len") + 1] == "4000"
     assert command[command.index("--dtype") + 1] == "float32"
     assert json.loads(command[command.index("--hf-overrides") + 1]) == {"a b": 1}
     assert {"--enforce-eager", "--no-enable-prefix-caching"} < set(command)
-    assert "--additional-config" not in command
+    assert json.loads(command[command.index("--additional-config") + 1])["self_extend"] == {"neighbor_window": 48}
+    assert "--additional-config" not in invoke("plan", model, *options).stdout, "there is nothing to choose"
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("4k", 4000), ("4K", 4096), ("4096", 4096), ("1.5k", 1500)])
@@ -144,7 +146,7 @@ def test_configs_that_are_not_what_they_should_be(changes: dict, said: str, tmp_
 def test_plan_past_the_capacity() -> None:
     result = invoke("plan", MODEL_DIR, "--max-model-len", 4096, "--group-size", 8)
     assert result.exit_code == 1
-    assert "Leave group_size out, set it to 22 or more" in " ".join(result.stderr.split())
+    assert "Set group_size to 22 or more or leave it out" in " ".join(result.stderr.split())
 
 
 def test_plan_of_an_unsupported_model(tmp_path: Path) -> None:
@@ -230,7 +232,7 @@ def test_evaluate_and_tune_refuse_in_a_sentence(options: list, exit_code: int, s
     [
         (["evaluate", "--method", "magic"], 2, "'magic' is not one of"),
         (["evaluate", "--task", "magic"], 2, "'magic' is not one of"),
-        (["evaluate", "--group-size", 2], 1, "Leave group_size out, set it to 6 or more"),
+        (["evaluate", "--group-size", 2], 1, "Set group_size to 6 or more or leave it out"),
         (["evaluate", "--length", 2048], 1, "--length 2048 is more than --max-model-len 1024"),
         (["evaluate", "--loss-length", 2048], 1, "--loss-length 2048 is more than --max-model-len 1024"),
         (["evaluate", "--task", "passkey", "--length", 64, "--keys", 6], 1, "too short: 6 key(s) take"),

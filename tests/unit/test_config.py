@@ -76,7 +76,7 @@ def test_other_values_are_checked() -> None:
         read(trained_length="auto")
     with pytest.raises(ValueError, match="exact_short is 1; it must be true or false"):
         read(exact_short=1)
-    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, cpu, flash, triton, reference"):
+    with pytest.raises(ValueError, match="kernel is 'cuda'; it must be one of auto, cpu, triton, reference"):
         read(kernel="cuda")
     with pytest.raises(ValueError, match=r"additional_config\['self_extend'\] is 8; it must be a mapping"):
         SelfExtendConfig.from_additional_config({"self_extend": 8})
@@ -85,7 +85,7 @@ def test_other_values_are_checked() -> None:
 def test_past_the_capacity_names_the_smallest_group_size() -> None:
     message = (
         "max_model_len is 4096, but with trained length 256, group_size 8 and neighbor_window 64 Self-Extend reaches "
-        "1600 tokens. Leave group_size out, set it to 22 or more, or max_model_len to at most 1600."
+        "1600 tokens. Set group_size to 22 or more or leave it out, or max_model_len to at most 1600."
     )
     with pytest.raises(ValueError, match=message):
         read(group_size=8, neighbor_window=64).plan(256, 4096)
@@ -123,6 +123,12 @@ def test_the_served_length_changes_no_group_size(trained_length: int, times: int
     assert short.neighbor_window == long.neighbor_window
     first = max(0, short.max_model_len - 100)
     assert (short.group_sizes(100, first) == long.group_sizes(100, first)).all()
+
+
+@given(st.integers(3, 200_000))
+def test_the_default_window_is_one_that_may_be(trained_length: int) -> None:
+    window = read().plan(trained_length, trained_length + 1).neighbor_window
+    assert 1 <= window <= min(1024, largest_auto_window(trained_length))
 
 
 @given(st.integers(3, 100_000), st.data())

@@ -113,7 +113,7 @@ def test_a_drafts_module_that_is_not_run_needs_no_rotation(is_draft: bool, monke
     arguments = Head(), config, SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(use_v2_model_runner=False)
     if is_draft:
         binding.bind_model(*arguments, must_extend=False, is_draft=True)
-        assert bound == [(plan, None, None)]
+        assert bound == [(plan,)]
     else:
         with pytest.raises(ValueError, match=r"serve a/head: layers\.1: the model does not use this layer"):
             binding.bind_model(*arguments, must_extend=False)

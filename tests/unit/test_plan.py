@@ -13,7 +13,7 @@ from vllm_selfextend.plan import read_plan, write_plan
 
 @given(st.integers(16, 10_000), st.integers(1, 100_000), st.booleans(), st.booleans())
 def test_a_plan_survives_the_way_to_the_workers(length: int, max_model_len: int, exact: bool, log_scale: bool) -> None:
-    group_size = "auto" if exact else 10**6
+    group_size = "auto" if exact else 100_000
     plan = SelfExtendConfig(group_size, exact_short=exact, log_scale=log_scale).plan(length, max_model_len)
     vllm_config = SimpleNamespace(additional_config={"self_extend": {"exact_short": exact}, "other": 1})
     write_plan(vllm_config, plan)

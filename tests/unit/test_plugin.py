@@ -89,10 +89,8 @@ def test_start_up_says_what_serves_and_why(configure: Callable[[], VllmConfig], 
     plugin.register()
     configure()
     assert said == [
-        "info: Self-Extend: trained length 256, group size 9, neighbor window 64; 1024 tokens are served of the 1791 "
-        "that these reach. Prompts within the trained length are answered as by the unmodified model.",
-        "info: Self-Extend's numbers: neighbor window 64: a quarter of the trained length, at most 1024; group size 9: "
-        "the smallest that keeps W + (N - W) / G within two thirds of the trained length.",
+        "info: Self-Extend: trained length 256, neighbor window 64, group size by position, 5.5 at 1024 tokens. "
+        "Prompts within the trained length are answered as by the unmodified model.",
         f"info: Self-Extend's attention runs on the cpu kernels ({cpu.VARIANT}).",
     ]
 

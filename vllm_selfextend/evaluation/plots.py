@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from ..positions import GroupSize
 from .intervals import mean
 from .loss import BLOCK
 from .methods import METHODS
 from .prompts import Row
-from .summary import Numbers, block_losses, column, group_sizes_of, passkey_share
+from .summary import block_losses, column, group_sizes_of, passkey_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -70,9 +71,9 @@ def plot_losses(rows: Sequence[Row], methods: Sequence[str], trained_length: int
 
 
 def plot_numbers(
-    costs: dict[Numbers, float],
-    auto: Numbers,
-    best: Numbers,
+    costs: dict[tuple[GroupSize, int], float],
+    auto: tuple[GroupSize, int],
+    best: tuple[GroupSize, int],
     label: str,
     path: Path,
     *,

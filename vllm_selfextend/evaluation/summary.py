@@ -1,4 +1,4 @@
-"""What the rows of a run come to: shares of keys found, losses over position, and the axes of what is shown."""
+"""What the rows of a run come to: shares of keys found, losses over position."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,9 +7,6 @@ from ..positions import GroupSize
 from .intervals import Estimate, difference, mean, share
 from .loss import mean_losses
 from .prompts import Row
-
-Numbers = tuple[GroupSize, int]
-"""Group size and neighbor window."""
 
 
 def passkey_share(rows: Iterable[Row], method: str, **cell: Any) -> Estimate | None:
@@ -29,11 +26,6 @@ def block_losses(rows: Iterable[Row], method: str, begin: int, end: int) -> list
 def column(rows: Iterable[Row], key: str) -> list[Any]:
     """The different values that rows have for a key, sorted."""
     return sorted({row[key] for row in rows if key in row})
-
-
-def group_sizes_of(cells: Iterable[Numbers]) -> list[GroupSize]:
-    """The different group sizes of cells, "auto" first."""
-    return sorted({group_size for group_size, _ in cells}, key=lambda one: 0 if one == "auto" else one)
 
 
 def loss_ranges(trained_length: int, length: int) -> list[tuple[int, int]]:
@@ -63,3 +55,8 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
                 cell["above_self_extend"] = difference(blocks, ours).as_json()
             losses.append(cell)
     return {"passkey": shares, "loss": losses}
+
+
+def group_sizes_of(numbers: Iterable[tuple[GroupSize, int]]) -> list[GroupSize]:
+    """The group sizes among pairs of them and a window, "auto" first."""
+    return sorted({group_size for group_size, _ in numbers}, key=lambda one: 0 if one == "auto" else one)

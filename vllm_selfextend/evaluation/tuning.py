@@ -15,10 +15,13 @@ from .intervals import LEVEL, Estimate, difference
 from .loss import BLOCK, mean_losses
 from .prompts import Prompt, Row, Task
 from .records import write_json
-from .summary import Numbers
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+Numbers = tuple[GroupSize, int]
+"""Group size and neighbor window."""
+
 
 WINDOW_SHARES = (1 / 16, 1 / 4, 1 / 2)
 """Of the trained length: the windows of the coarse grid."""

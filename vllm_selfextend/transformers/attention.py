@@ -10,8 +10,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..backends import reference
 from ..backends.interface import AttentionParams
-from .cache import GroupingCache
-from .call import Call
+from .call import Call, current_call
 from .layer import NAME, extended_layer
 from .step import Step
 
@@ -77,7 +76,6 @@ def attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    self_extend: Call | GroupingCache | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of an extended layer with Self-Extend, of any other as it is.
@@ -85,22 +83,20 @@ def attention(
     Args:
         module: The layer's attention module.
         query: `[batch, num_heads, rows, head_size]`, rotated at true positions.
-        key: `[batch, num_kv_heads, keys, head_size]`, at group positions in an extended layer.
+        key: Like `query`, `[batch, num_kv_heads, keys, head_size]`.
         value: `[batch, num_kv_heads, keys, head_size]`.
         attention_mask: What `mask` made.
         scaling: Multiplies scores; None is `head_size ** -0.5`.
         dropout: Must be 0.
         softcap: As in `AttentionParams`.
         s_aux: Attention sinks, as in `AttentionParams`.
-        self_extend: What the keys of an extended layer passed through; another layer's call of the model.
         kwargs: What else transformers passes.
 
     Returns:
         `[batch, rows, num_heads, head_size]`, and the weights `[batch, num_heads, rows, keys]` if asked for.
 
     Raises:
-        ValueError: The layer asks for what this attention, or FlashAttention, does not do.
-        RuntimeError: Its keys did not pass through `GroupingCache`.
+        ValueError: The layer asks for what this attention, or FlashAttention, does not do; or see `Call.step`.
 
     """
     if dropout:
@@ -110,33 +106,29 @@ def attention(
             f"{type(module).__name__} adds a position bias to its scores, which Self-Extend does not know."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouping = self_extend if isinstance(self_extend, GroupingCache) else None
-    if not (grouping.is_grouped if grouping else extended_layer(module) is None):
-        raise RuntimeError(
-            f"{type(module).__name__} did not hand its keys to the cache; Self-Extend cannot group them."
-        )
-    call = self_extend.call if isinstance(self_extend, GroupingCache) else self_extend
-    rows = query.transpose(1, 2)
-    if grouping is None:
-        # A layer with a sliding window, or without RoPE: ordinary positions.
+    rows, num_rows, num_keys = query.transpose(1, 2), query.shape[2], key.shape[2]
+    layer, call = extended_layer(module), current_call()
+    if layer is None:  # it has a sliding window, or no RoPE: ordinary positions
         params = AttentionParams(scale, soft_cap=softcap or 0.0, sinks=s_aux)
-        step = _ordinary_step(attention_mask, query.shape[2], key.shape[2], query.device)
+        step = _ordinary_step(attention_mask, num_rows, num_keys, query.device)
     else:
-        params = grouping.layer.params(key.shape[2], query.device, scale, softcap, s_aux)
-        step = grouping.call.step(attention_mask, query.shape[2], key.shape[2], query.device)
+        params = layer.params(num_keys, query.device, scale, softcap, s_aux)
+        if torch.compiler.is_compiling():
+            step = Step.of(attention_mask, num_rows, num_keys, query.device)
+        else:
+            step = (call or Call(layer.extension)).step(attention_mask, num_rows, num_keys, query.device)
     weights = None
     kwargs.pop("output_attentions", None)  # sdpa would warn that it gives none
     if call is not None and call.output_attentions:
         weights = reference.attention_weights(rows, key, step.query_pos, step.key_pos, params, step.hidden)
         call.has_attentions = True
-    if grouping is None and softcap is None and s_aux is None:
-        num_rows, num_keys = query.shape[2], key.shape[2]
+    if layer is None and softcap is None and s_aux is None:
         if attention_mask is None and 1 < num_rows < num_keys:  # without a mask sdpa takes them for the first keys
             seen = torch.ones(num_rows, num_keys, dtype=torch.bool, device=query.device)
             attention_mask = seen.tril(num_keys - num_rows)[None, None]
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    elif grouping is not None and grouping.layer.extension.flash_attention is not None:
-        out = grouping.layer.extension.flash_attention.attend(query, key, value, step, params)
+    elif layer is not None and layer.extension.flash_attention is not None:
+        out = layer.extension.flash_attention.attend(query, key, value, step, params)
     else:
         out = reference.attend(rows, key, value, step.query_pos, step.key_pos, params, step.hidden, MAX_ELEMENTS)
     return out, weights

@@ -1,6 +1,5 @@
-"""What belongs to one call of an extended model: its arguments carry it, so no other call, in any thread, sees it."""
+"""What belongs to one call of an extended model: its thread is in it, so no call in another thread sees it."""
 
-import inspect
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import MODEL_ATTRIBUTE, Extension
+from .layer import MODEL_ATTRIBUTE, NAME, Extension
 from .step import Step
-
-KEYWORD = "self_extend"
-"""The keyword by which a model hands a `Call` to its layers, and a layer its `GroupingCache` to its attention."""
 
 
 @dataclass
@@ -31,11 +27,6 @@ class Call:
     has_attentions: bool = False
     _last: tuple[torch.Tensor | None, int, int, Step] | None = None
 
-    @staticmethod
-    def of(extension: Extension, kwargs: dict[str, Any]) -> "Call":
-        """The call of a module that is given these keywords."""
-        return Call(extension, bool(kwargs.get("output_attentions", extension.config.output_attentions)))
-
     def step(self, mask: torch.Tensor | None, num_rows: int, num_keys: int, device: torch.device) -> Step:
         """`Step.of`, worked out once for all layers that get the same mask.
 
@@ -43,8 +34,6 @@ class Call:
             ValueError: See `Step.of`; or the sequence is longer than the numbers reach.
 
         """
-        if torch.compiler.is_compiling():
-            return Step.of(mask, num_rows, num_keys, device)
         last = self._last
         if (
             last is None
@@ -54,23 +43,50 @@ class Call:
         ):
             step = Step.of(mask, num_rows, num_keys, device)
             length = num_keys if mask is None else int(step.query_pos.max()) + 1
-            if length > self.extension.plan.capacity:
-                raise ValueError(self.extension.too_long(length))
+            self.extension.check_length(length)
             last = self._last = mask, num_rows, num_keys, step
         return last[3]
 
 
-def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """A forward pre-hook of the base model: hand its layers a `Call`, by a keyword, which models pass on."""
+_under_way: dict[int, list[Call]] = {}
+"""The calls that a thread is in, by the thread, innermost last."""
+
+
+def current_call() -> Call | None:
+    """The call that this thread is in; none in a compiled function, or where a layer is called by itself."""
     if torch.compiler.is_compiling():
-        return args, kwargs
+        return None
+    calls = _under_way.get(threading.get_ident())
+    return calls[-1] if calls else None
+
+
+def is_called_elsewhere(extension: Extension) -> bool:
+    """Whether another thread is in a call of the model."""
+    others = [calls for thread, calls in list(_under_way.items()) if thread != threading.get_ident()]
+    return any(call.extension is extension for calls in others for call in list(calls))
+
+
+def begin_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook of the base model.
+
+    Raises:
+        RuntimeError: The model attends with something else by now.
+
+    """
+    if torch.compiler.is_compiling():
+        return
     extension: Extension = getattr(model, MODEL_ATTRIBUTE)
-    call = extension.calls[threading.get_ident()] = Call.of(extension, kwargs)
-    return args, {**kwargs, KEYWORD: call} if takes_keywords(model) else kwargs
+    if (implementation := extension.config._attn_implementation) != NAME:
+        raise RuntimeError(
+            f"the model's attention was set to {implementation!r} after SelfExtend.apply. Call "
+            "SelfExtend.remove(model), or SelfExtend.apply again."
+        )
+    call = Call(extension, bool(kwargs.get("output_attentions", extension.config.output_attentions)))
+    _under_way.setdefault(threading.get_ident(), []).append(call)
 
 
 def end_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """A forward hook of the base model, which runs where the call has raised, too.
+    """A forward hook of the base model, which runs where the call has raised, too, before `begin_call` even.
 
     Raises:
         ValueError: Weights of the attention were asked for, and no layer was told.
@@ -78,14 +94,15 @@ def end_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    call: Call | None = getattr(model, MODEL_ATTRIBUTE).calls.pop(threading.get_ident(), None)
-    if output is not None and call is not None and call.output_attentions and not call.has_attentions:
+    call = current_call()
+    if call is None or call.extension is not getattr(model, MODEL_ATTRIBUTE):
+        return
+    calls = _under_way[threading.get_ident()]
+    calls.pop()
+    if not calls:
+        del _under_way[threading.get_ident()]
+    if output is not None and call.output_attentions and not call.has_attentions:
         raise ValueError(
-            f"{type(model).__name__} does not tell its layers that output_attentions is asked for, and there would be "
-            "none in its answer. Leave it out."
+            f"output_attentions is asked for, and the compiled layers of {type(model).__name__} do not give any. Leave "
+            "it out."
         )
-
-
-def takes_keywords(module: nn.Module) -> bool:
-    """Whether a module's `forward` takes keywords that it does not name."""
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())

@@ -1,21 +1,19 @@
 """`apply` and `remove`: what is put into a model, what is refused before, and how it comes out again."""
 
-import inspect
 import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 from ..backends.limits import MAX_POSITIONS
 from ..plan import ExtensionPlan
-from ..positions import as_count, capacity
+from ..positions import GroupSize, as_count, capacity, default_window, largest_auto_window
 from ..rotary import rope_parameters, uses_alibi
 from . import attention as _attention  # noqa: F401  # registers it
-from .cache import CACHE_ARGUMENTS, swap_cache
-from .call import begin_call, end_call, takes_keywords
+from .call import begin_call, end_call, is_called_elsewhere
 from .flash_attention import find_flash_attention
 from .inputs import check_inputs
 from .layer import ATTRIBUTE, MODEL_ATTRIBUTE, NAME, ExtendedLayer, Extension, RotationTable
@@ -40,14 +38,14 @@ def _alone() -> Iterator[None]:
 @_alone()
 def apply(
     model: Any,
-    group_size: int,
-    window_size: int,
+    group_size: GroupSize = "auto",
+    window_size: int | Literal["auto"] = "auto",
     enable_flash_attention: bool = False,
     scale_base: int = -1,
     flash_attention_impl: str = "flash_attn",
     *,
     trained_length: int | None = None,
-    exact_short: bool = False,
+    exact_short: bool | None = None,
 ) -> ExtensionPlan:
     """Give a loaded transformers model Self-Extend; the positional parameters are those of the authors' `apply`.
 
@@ -56,18 +54,21 @@ def apply(
     Args:
         model: A decoder with RoPE, any class that attends through transformers' `AttentionInterface`; any dtype. Of a
             model that reads more than text its text model is extended, the rest is left alone.
-        group_size: `G`, how many neighboring positions share one grouped position; 1 is ordinary attention.
-        window_size: `W`, how many tokens back positions stay exact.
+        group_size: `G`, how many neighboring positions share one grouped position; 1 is ordinary attention. "auto"
+            follows the query's position: the least that keeps its relative positions within the trained length.
+        window_size: `W`, how many tokens back positions stay exact; "auto" is a quarter of the trained length, at most
+            1,024.
         enable_flash_attention: Let the package flash-attn attend, in float16 or bfloat16 on a GPU; the answers are the
             same but for rounding.
         scale_base: Multiply queries by `max(1, ln(position + 1) / ln(scale_base))`; -1 does not.
         flash_attention_impl: Must be "flash_attn"; read with `enable_flash_attention` only.
         trained_length: `L`, tokens; None is the length that the model's config names.
-        exact_short: Queries at positions below `L` get the unmodified model's attention. False is the paper to the
-            letter.
+        exact_short: Queries at positions below `L` get the unmodified model's attention. None: they do where
+            `group_size` is "auto"; with a number they do not, which is the paper to the letter.
 
     Returns:
-        The numbers; `capacity` is the longest sequence they reach, and a longer one is refused when it comes.
+        The numbers; `capacity` is the longest sequence they reach, if there is one: a longer one is refused when it
+        comes.
 
     Raises:
         ValueError: A value is not allowed, or the model cannot be extended; the message says why and what to do.
@@ -91,8 +92,6 @@ def apply(
     try:
         open_attention(text)
         rotations = find_rotations(text)
-        for module in rotations:
-            _cache_argument(module)
     except BaseException as error:
         close_attention(text)
         if not isinstance(error, ValueError):
@@ -102,17 +101,14 @@ def apply(
         set_attention(text, before)
     extension = Extension(
         plan=plan,
-        grouped_layers=frozenset(int(module.layer_idx) for module in rotations),
         implementation=before,
         config=text.config,
         flash_attention=flash_attention,
     )
     tables: dict[tuple[int, bool], RotationTable] = {}  # layers that rotate alike share one
-    for module, found in rotations.items():
-        kind = id(found.rotation.frequencies), found.rotation.interleaved
-        table = tables.setdefault(kind, RotationTable(found.rotation, plan))
-        setattr(module, ATTRIBUTE, ExtendedLayer(extension, table, _cache_argument(module), found.shares_keys))
-        extension.hooks.append(module.register_forward_pre_hook(swap_cache, with_kwargs=True))
+    for module, rotation in rotations.items():
+        kind = id(rotation.frequencies), rotation.interleaved
+        setattr(module, ATTRIBUTE, ExtendedLayer(extension, tables.setdefault(kind, RotationTable(rotation, plan))))
     base = text.base_model
     setattr(base, MODEL_ATTRIBUTE, extension)
     for checked in {base, model.base_model}:  # a text model beside others gets no tokens, which tell padding
@@ -121,8 +117,8 @@ def apply(
     extension.hooks.append(base.register_forward_hook(end_call, always_call=True))
     set_attention(text, NAME)
     logger.info(
-        "Self-Extend in %d of %s's layers: group size %d, window %d, trained length %d (queries within it %s), log "
-        "scaling %s; reaches %d tokens.",
+        "Self-Extend in %d of %s's layers: group size %s, window %d, trained length %d (queries within it %s), log "
+        "scaling %s; reaches %s.",
         len(rotations),
         type(model).__name__,
         plan.group_size,
@@ -130,7 +126,7 @@ def apply(
         plan.trained_length,
         "exact" if plan.exact_short else "grouped too",
         f"base {plan.log_scale_len}" if plan.log_scale else "off",
-        plan.capacity,
+        "any length" if plan.capacity is None else f"{plan.capacity} tokens",
     )
     return plan
 
@@ -138,8 +134,6 @@ def apply(
 @_alone()
 def remove(model: Any) -> None:
     """Take Self-Extend out of a model: it is then as it was before `apply`. Without it, nothing happens.
-
-    A cache that was filled meanwhile holds keys at group positions, and the model refuses it from now on.
 
     Raises:
         RuntimeError: The model is answering in another thread.
@@ -149,7 +143,7 @@ def remove(model: Any) -> None:
     extension: Extension | None = getattr(text.base_model, MODEL_ATTRIBUTE, None)
     if extension is None:
         return
-    if extension.calls.keys() - {threading.get_ident()}:
+    if is_called_elsewhere(extension):
         raise RuntimeError("the model is answering in another thread: wait for that before its Self-Extend is changed.")
     for hook in extension.hooks:
         hook.remove()
@@ -187,64 +181,67 @@ def _unsupported(model: Any) -> str | None:
         types |= set(kind.values()) if isinstance(kind, dict) else {kind}
     if "dynamic" in types:
         return (
-            "its RoPE is 'dynamic' (dynamic NTK): the frequencies move with the length, so a cached key cannot be "
-            "turned back."
+            "its RoPE is 'dynamic' (dynamic NTK): the frequencies move with the length, so how far a cached key is "
+            "to be turned is not known."
         )
     if "longrope" in types and any(rope.get("short_factor") != rope.get("long_factor") for rope in ropes):
         return (
-            "its RoPE is 'longrope': transformers chooses its factors anew for every batch, so a cached key cannot be "
-            "turned back. Load it with a config whose rope_parameters have the long_factor for the short_factor too: "
-            "vLLM takes the long ones for every long text."
+            "its RoPE is 'longrope': transformers chooses its factors anew for every batch, so how far a cached key is "
+            "to be turned is not known. Load it with a config whose rope_parameters have the long_factor for the "
+            "short_factor too: vLLM takes the long ones for every long text."
         )
     return None
 
 
-def _cache_argument(module: Any) -> str:
-    if not takes_keywords(module):
-        raise ValueError(f"{type(module).__name__} takes no keywords (**kwargs) to hand on to its attention.")
-    names = [name for name in inspect.signature(module.forward).parameters if name in CACHE_ARGUMENTS]
-    if not names:
-        known = ", ".join(CACHE_ARGUMENTS)
-        raise ValueError(f"{type(module).__name__} takes its cache by none of the names known: {known}.")
-    return names[0]
-
-
 def _plan(
     config: Any,
-    group_size: int,
-    window_size: int,
+    group_size: GroupSize,
+    window_size: int | Literal["auto"],
     trained_length: int | None,
-    exact_short: bool,
+    exact_short: bool | None,
     log_scale_len: int,
     kernel: str,
 ) -> ExtensionPlan:
-    group_size, window_size = _count("group_size", group_size), _count("window_size", window_size)
+    if exact_short is None:
+        exact_short = group_size == "auto"
+    elif not isinstance(exact_short, bool):
+        raise ValueError(f"exact_short is {exact_short!r}; it must be True, False or None.")
+    if group_size == "auto" and not exact_short:
+        raise ValueError(
+            'exact_short is False, and group_size is "auto", which begins past the trained length. Pass a number for '
+            "group_size, or leave exact_short out."
+        )
+    if group_size != "auto":
+        group_size = _count("group_size", group_size, ', or "auto"')
     if trained_length is not None:
         trained_length = _count("trained_length", trained_length)
-    if not isinstance(exact_short, bool):
-        raise ValueError(f"exact_short is {exact_short!r}; it must be True or False.")
     length = trained_length or _count("the length that the model's config names", checkpoint_length(config))
-    if window_size > length:
+    window = default_window(length) if window_size == "auto" else _count("window_size", window_size, ', or "auto"')
+    if window > length:
         raise ValueError(
-            f"window_size is {window_size}, more than the trained length {length}: positions inside the window would "
-            f"leave the trained range. Set it to at most {length}."
+            f"window_size is {window}, more than the trained length {length}: positions inside the window would leave "
+            f"the trained range. Set it to at most {length}."
+        )
+    if group_size == "auto" and window > (most := largest_auto_window(length)):
+        raise ValueError(
+            f"window_size is {window}, and an automatic group_size leaves a quarter of the trained length {length} to "
+            f"the keys before it. Set window_size to at most {most}, or pass a number for group_size."
         )
     return ExtensionPlan(
-        max_model_len=capacity(length, group_size, window_size),
+        max_model_len=MAX_POSITIONS if group_size == "auto" else capacity(length, group_size, window),
         derived_length=length,
         trained_length=length,
         group_size=group_size,
-        neighbor_window=window_size,
+        neighbor_window=window,
         exact_short=exact_short,
         log_scale_len=log_scale_len,
         kernel=kernel,
-        reason="group size and window set by the user",
     )
 
 
-def _count(name: str, value: Any) -> int:
+def _count(name: str, value: Any, others: str = "") -> int:
     if (count := as_count(value)) is None:
-        raise ValueError(f"{name} is {value!r}; it must be an integer from 1 to {MAX_POSITIONS}.")
+        raise ValueError(f"{name} is {value!r}; it must be an integer from 1 to {MAX_POSITIONS}{others}.")
     return count
 
 

@@ -1,9 +1,9 @@
 """`enable_flash_attention=True`: the package flash-attn attends, in as many calls as a step's softmax has parts.
 
 Each part is what FlashAttention does: the last of some tokens' queries over all of their keys, causal. Of a sequence of
-`n` tokens, the queries below `exact_len` see the keys below it, turned back to their positions; the queries past it see
-the last `W` keys turned back, through a window, and those at `W` and later the first `n - W` keys as they lie, with the
-queries turned to their group positions. The outputs are put together by their log-sum-exp.
+`n` tokens, the queries of group size 1 see the keys below the first of the others; the others see the last `W` keys,
+through a window, and those at `W` and later, which have one group size up to position `m`, the first `m - W` keys,
+turned by it. The outputs are put together by their log-sum-exp.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,8 @@ import torch
 from torch.nn.functional import pad
 
 from ..backends.interface import AttentionParams, lag
-from ..backends.reference import at_group_position, log_scaled, rotate
+from ..backends.limits import EIGHTHS
+from ..backends.reference import log_scaled, rotate
 from .step import Step
 
 MAX_HEAD_SIZE = 256
@@ -33,7 +34,7 @@ class Part:
         max_seqlen_q: The most queries of a sequence.
         max_seqlen_k: The most keys.
         window_size: How many keys before and after its own token a query sees; -1: all.
-        is_grouped: Whether keys count as they lie, at their group positions.
+        is_grouped: Whether queries, all of one group size, and keys are turned by it.
 
     """
 
@@ -80,7 +81,7 @@ class FlashAttention:
 
         Args:
             query: `[batch, num_heads, rows, head_size]`, rotated at true positions.
-            key: `[batch, num_kv_heads, keys, head_size]`, at group positions.
+            key: Like `query`, `[batch, num_kv_heads, keys, head_size]`.
             value: Like `key`.
             step: Where queries and keys are.
             params: The layer; the numbers are the same at every call.
@@ -89,7 +90,7 @@ class FlashAttention:
             `[batch, rows, num_heads, head_size]`.
 
         Raises:
-            ValueError: FlashAttention does not take these tensors.
+            ValueError: FlashAttention does not take these tensors, or the layer has no group sizes.
 
         """
         if reason := self.unusable(query):
@@ -99,8 +100,11 @@ class FlashAttention:
                 f"the head size is {query.shape[-1]}, and FlashAttention takes up to {MAX_HEAD_SIZE}: leave "
                 "enable_flash_attention False."
             )
+        sizes, rotation = params.group_sizes, params.rotation
+        if sizes is None or rotation is None:
+            raise ValueError("params.group_sizes is None: ordinary attention needs no parts.")
         if "parts" not in step.prepared:
-            step.prepared["parts"] = parts(step, params, len(query))
+            step.prepared["parts"] = parts(step, sizes.eighths, params.neighbor_window, len(query))
         rows, wide = query.transpose(1, 2), torch.promote_types(query.dtype, torch.float32)
         query_pos, key_pos = step.query_pos.expand(rows.shape[:2]), step.key_pos.expand(len(key), -1)
         output = rows.new_zeros(rows.shape, dtype=wide)
@@ -110,10 +114,11 @@ class FlashAttention:
             part_query = log_scaled(part_query, part_pos, params)
             part_key = _pick(key.transpose(1, 2), part.keys)
             if part.is_grouped:
-                part_query = at_group_position(part_query, part_pos, params)
-            elif params.group_size > 1:
-                steps = lag(_pick(key_pos, part.keys), params.group_size)
-                part_key = rotate(part_key.to(wide), steps[:, None], params.required_rotation())
+                eighths = sizes.eighths[part_pos]
+                steps = lag(torch.full_like(eighths, params.neighbor_window), eighths) - lag(part_pos, eighths)
+                part_query = rotate(part_query, steps[:, None], rotation)
+                steps = -lag(_pick(key_pos, part.keys), eighths[:1])
+                part_key = rotate(part_key.to(wide), steps[:, None], rotation)
             part_output, part_lse, _ = self.varlen_func(
                 part_query.to(query.dtype),
                 part_key.to(query.dtype),
@@ -161,20 +166,21 @@ def find_flash_attention(implementation: str) -> FlashAttention:
     return FlashAttention(flash_attn_varlen_func)
 
 
-def parts(step: Step, params: AttentionParams, batch: int) -> list[Part]:
+def parts(step: Step, eighths: torch.Tensor, window: int, batch: int) -> list[Part]:
     """The parts of a step's softmax: a sequence's query has at least one of them, and in each at least one key."""
-    window = params.neighbor_window
     first, length, tokens = _sequences(step)
-    exact_len = length if params.group_size == 1 else length.clamp(max=params.exact_len)
-    near_from = torch.maximum(first, exact_len)
-    far_from = near_from.clamp(min=window)
     zero = torch.zeros_like(length)
+    num_exact, runs = _runs(eighths, step.query_pos)
+    exact_len = length.clamp(max=num_exact)
+    near_from = torch.maximum(first, exact_len)
     spans = [
         # The positions of queries and of keys, from and to; how many keys a query sees; whether they are grouped.
         ((first, exact_len), (zero, exact_len), None, False),
         ((near_from, length), ((near_from - window + 1).clamp(min=0), length), window, False),
-        ((far_from, length), (zero, length - window), None, True),
     ]
+    for begin, end in runs:
+        run_end = length.clamp(max=end)
+        spans.append(((first.clamp(min=max(begin, window)), run_end), (zero, run_end - window), None, True))
     found = []
     for (row_from, row_to), (key_from, key_to), num_seen, is_grouped in spans:
         row_lens = (row_to - row_from).clamp(min=0)
@@ -207,6 +213,14 @@ def parts(step: Step, params: AttentionParams, batch: int) -> list[Part]:
             )
         )
     return found
+
+
+def _runs(eighths: torch.Tensor, query_pos: torch.Tensor) -> tuple[int, list[tuple[int, int]]]:
+    """How many positions have group size 1, and from where to where those of each other one lie that queries have."""
+    found = eighths[query_pos].unique()
+    found = torch.cat([found.new_tensor([EIGHTHS]), found[found > EIGHTHS]])
+    begins, ends = (torch.searchsorted(eighths, found, right=right).tolist() for right in (False, True))
+    return ends[0], list(zip(begins[1:], ends[1:], strict=True))
 
 
 def _sequences(step: Step) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:

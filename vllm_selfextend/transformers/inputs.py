@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .cache import CACHE_ARGUMENTS
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What models call the cache: transformers 5.24, and before."""
 
 ADVICE = "Pass attention_mask, as the tokenizer returns it (1: a token, 0: padding)"
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backends.interface import AttentionParams, Rotation, num_rotation_steps
+from ..backends.interface import AttentionParams, GroupSizes, Rotation, num_rotation_steps
 from ..plan import ExtensionPlan
 from ..positions import smallest_group_size
 from ..rotary import cos_sin
@@ -25,64 +25,70 @@ MODEL_ATTRIBUTE = "self_extend_extension"
 
 @dataclass
 class Extension:
-    """The numbers of one extended model, and what its layers and all of its calls share.
+    """The numbers of one extended model, and what all of its calls share.
 
     Attributes:
         plan: The numbers.
-        grouped_layers: The indices, in a cache, of the extended layers.
         implementation: The attention that the model had before.
         config: The model's, where the attention that it has now is written.
         flash_attention: What attends in the extended layers; None: PyTorch.
         hooks: What `remove` takes off.
-        calls: The `Call` that is under way in a thread, by the thread.
 
     """
 
     plan: ExtensionPlan
-    grouped_layers: frozenset[int]
     implementation: str
     config: Any
     flash_attention: FlashAttention | None = None
     hooks: list[Any] = field(default_factory=list)
-    calls: dict[int, Any] = field(default_factory=dict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no call under way."""
-        return {**vars(self), "calls": {}}
+    def check_length(self, length: int) -> None:
+        """Refuse a sequence of `length` tokens if the numbers do not reach so far.
 
-    def too_long(self, length: int) -> str:
-        """That a sequence of `length` tokens is longer than the numbers reach, and what to do."""
-        plan = self.plan
+        Raises:
+            ValueError: They do not.
+
+        """
+        plan, reach = self.plan, self.plan.capacity
+        if reach is None or length <= reach:
+            return
         message = (
             f"the sequence has {length} tokens, but with trained length {plan.trained_length}, group_size "
-            f"{plan.group_size} and window_size {plan.neighbor_window} Self-Extend reaches {plan.capacity}. "
+            f"{plan.group_size} and window_size {plan.neighbor_window} Self-Extend reaches {reach}. "
         )
         group = smallest_group_size(plan.trained_length, plan.neighbor_window, length)
         if group is None:
-            return message + f"Apply it with a window_size below {plan.trained_length}."
-        return message + f"Apply it with a group_size of {group} or more."
+            raise ValueError(message + f"Apply it with a window_size below {plan.trained_length}.")
+        raise ValueError(message + f"Apply it without a group_size, or with one of {group} or more.")
 
 
 class RotationTable:
-    """The cosines and sines of one rotation, for as many positions as have been asked for."""
+    """Group sizes and the rows to turn by, for as many positions as have been asked for."""
 
     def __init__(self, rotation: ModelRotation, plan: ExtensionPlan) -> None:
         self._rotation, self._plan = rotation, plan
-        self._rows: dict[torch.device, torch.Tensor] = {}
+        self._made: dict[tuple[torch.device, int], tuple[GroupSizes, Rotation]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy may be for another device, and makes its own rows."""
-        return {**vars(self), "_rows": {}}
+        """A copy may be for another device, and makes its own."""
+        return {**vars(self), "_made": {}}
 
-    def reaching(self, num_positions: int, device: torch.device) -> Rotation:
-        """The rotation, with rows for sequences of `num_positions` tokens, on `device`."""
-        steps = num_rotation_steps(num_positions, self._plan.group_size, self._plan.neighbor_window)
-        rows = self._rows.get(device)
-        if rows is None or len(rows) < steps:
-            # Twice as many, so that a text that grows token by token does not make a table each time. Another thread
-            # may put fewer in their place meanwhile; these are long enough.
-            rows = self._rows[device] = cos_sin(self._rotation.frequencies, 0, 2 * steps).to(device)
-        return Rotation(rows, self._rotation.interleaved)
+    def reaching(self, num_positions: int, device: torch.device) -> tuple[GroupSizes, Rotation]:
+        """The group size of `num_positions` positions at least, and the rotation with the rows that they need."""
+        size = 64
+        while size < num_positions:  # comparisons are what torch.compile can follow for a length that it leaves open
+            size *= 2
+        self._make(size, device)
+        return self._made[device, size]
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so that it is run, not compiled
+    def _make(self, size: int, device: torch.device) -> None:
+        if (device, size) in self._made:
+            return
+        sizes = GroupSizes.of(self._plan.group_sizes(size), device)
+        steps = num_rotation_steps(size, sizes.largest, self._plan.neighbor_window)
+        rows = cos_sin(self._rotation.frequencies, 0, steps).to(device)
+        self._made[device, size] = sizes, Rotation(rows, self._rotation.interleaved)
 
 
 @dataclass
@@ -92,34 +98,25 @@ class ExtendedLayer:
     Attributes:
         extension: The model's.
         table: Its rotation.
-        cache_argument: What the module calls the cache that it is given.
-        shares_keys: Whether it attends to keys that an extended layer before it has made, and has none in the cache.
 
     """
 
     extension: Extension
     table: RotationTable
-    cache_argument: str
-    shares_keys: bool = False
 
     def params(
-        self,
-        num_keys: int,
-        device: torch.device,
-        scale: float = 1.0,
-        soft_cap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        self, num_keys: int, device: torch.device, scale: float, soft_cap: float | None, sinks: torch.Tensor | None
     ) -> AttentionParams:
         """What a kernel needs to know, for `num_keys` keys."""
         plan = self.extension.plan
+        group_sizes, rotation = self.table.reaching(num_keys, device)
         return AttentionParams(
             scale=scale,
-            group_size=plan.group_size,
+            group_sizes=group_sizes,
             neighbor_window=plan.neighbor_window,
-            exact_len=plan.exact_len,
             log_scale_len=plan.log_scale_len,
             soft_cap=soft_cap or 0.0,
-            rotation=self.table.reaching(num_keys, device) if plan.group_size > 1 else None,
+            rotation=rotation,
             sinks=sinks,
         )
 

@@ -76,8 +76,8 @@ def _falcon(
 class _GPTJ:
     """A module for the time of one call: its table reaches every position, and it attends as others do."""
 
-    def __init__(self, module: Any, kwargs: dict[str, Any]) -> None:
-        self._module, self._kwargs = module, kwargs
+    def __init__(self, module: Any) -> None:
+        self._module = module
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -97,7 +97,7 @@ class _GPTJ:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         scaling = 1.0 / float(self._module.scale_attn)
-        attended, weights = _attend(self._module, query, key, value, attention_mask, scaling=scaling, **self._kwargs)
+        attended, weights = _attend(self._module, query, key, value, attention_mask, scaling=scaling)
         return attended.transpose(1, 2), weights
 
 
@@ -108,10 +108,8 @@ def _table(
     return create(num_positions, rotary_dim).to(device)
 
 
-def _gptj(module: Any, hidden_states: torch.Tensor, layer_past: Any = None, **kwargs: Any) -> Any:
-    names = ("attention_mask", "position_ids", "use_cache", "output_attentions")
-    own = {name: kwargs.pop(name) for name in names if name in kwargs}
-    return type(module).forward(_GPTJ(module, kwargs), hidden_states, layer_past, **own)
+def _gptj(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(module).forward(_GPTJ(module), *args, **kwargs)
 
 
 FORWARDS: dict[str, Callable[..., Any]] = {"FalconAttention": _falcon, "GPTJAttention": _gptj}

@@ -36,14 +36,6 @@ class Seen:
     sees_all: bool
 
 
-@dataclass(frozen=True)
-class Found:
-    """How a layer rotates, and whether the keys that it attends to are those that a layer before it has made."""
-
-    rotation: ModelRotation
-    shares_keys: bool
-
-
 _seen: ContextVar[list[Seen] | None] = ContextVar("seen", default=None)
 """What `watch` has seen, in the thread that it runs in."""
 
@@ -129,7 +121,7 @@ def watch(model: Any) -> list[Seen]:
     ]
 
 
-def find_rotations(model: Any) -> dict[Any, Found]:
+def find_rotations(model: Any) -> dict[Any, ModelRotation]:
     """How every attention module rotates that has RoPE and sees the whole context.
 
     Raises:
@@ -148,17 +140,8 @@ def find_rotations(model: Any) -> dict[Any, Found]:
     candidates = [table.detach().float().cpu() for table in _tables(model)]  # offloaded ones are there from now on
     if not candidates:  # GPT-J has cosines and sines alone
         candidates = [inverse_frequencies(rope, rotary_dim) for rope in rope_parameters(model.config)]
-    found: dict[Any, Found] = {}
-    for index, layer in enumerate(seen):
-        maker = _maker_of_keys(layer, seen[:index])
-        rotation = _rotation(layer, maker is not None, candidates) if layer.sees_all else None
-        if rotation is not None:
-            found[layer.module] = Found(rotation, maker is not None)
-        if maker is not None and not _alike(rotation, found.get(maker.module)):
-            raise ValueError(
-                f"{type(layer.module).__name__} attends to keys that another layer has made, and not as that one does "
-                "(a window, or another rotation), so that grouped keys would be wrong for one of them."
-            )
+    rotations = {layer.module: _rotation(layer, candidates) for layer in seen if layer.sees_all}
+    found = {module: rotation for module, rotation in rotations.items() if rotation is not None}
     if found:
         return found
     if all(layer.sees_all for layer in seen):
@@ -180,20 +163,7 @@ def _tables(model: Any) -> list[torch.Tensor]:
     return [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
 
 
-def _maker_of_keys(layer: Seen, before: list[Seen]) -> Seen | None:
-    """The layer that has made the keys which this one attends to, if it has not made them itself."""
-    return next((one for one in before if layer.key.any() and torch.equal(one.key, layer.key)), None)
-
-
-def _alike(rotation: ModelRotation | None, maker: Found | None) -> bool:
-    """Whether a layer turns as the one that made its keys, or neither is extended."""
-    if rotation is None or maker is None:
-        return rotation is None and maker is None
-    other = maker.rotation
-    return rotation.frequencies is other.frequencies and rotation.interleaved == other.interleaved
-
-
-def _rotation(layer: Seen, shares_keys: bool, candidates: list[Frequencies]) -> ModelRotation | None:
+def _rotation(layer: Seen, candidates: list[Frequencies]) -> ModelRotation | None:
     """How a layer rotates; None: it does not.
 
     Raises:
@@ -204,6 +174,6 @@ def _rotation(layer: Seen, shares_keys: bool, candidates: list[Frequencies]) -> 
     if layer.query.shape[-1] != layer.key.shape[-1]:
         raise ValueError(f"the queries and keys of {name} have different sizes, so how it rotates is not known.")
     try:
-        return rotation_of(layer.query[:, :, 0], None if shares_keys else layer.key[:, :, 0], POSITIONS, candidates)
+        return rotation_of(layer.query[:, :, 0], layer.key[:, :, 0], POSITIONS, candidates)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
