@@ -29,9 +29,12 @@ class Generated:
         return self.prompt + self.answer
 
 
-def prompts(group_size: int, neighbor_window: int, max_model_len: int, block_size: int) -> list[list[int]]:
-    """Lengths around the window, the trained length, multiples of the group and block size, and the longest."""
-    turns = (1, neighbor_window, TRAINED_LENGTH, 3 * group_size, block_size, 4 * block_size, 23 * group_size)
+def prompts(neighbor_window: int, max_model_len: int, block_size: int) -> list[list[int]]:
+    """Lengths around the window, the block size and multiples of the trained length, and the longest.
+
+    With the trained length of 64 an automatic group size is another every 5 tokens or so.
+    """
+    turns = (1, neighbor_window, block_size, *(times * TRAINED_LENGTH for times in (1, 2, 3)))
     longest = max_model_len - NEW_TOKENS
     lengths = {turn + step for turn in turns for step in (-1, 0, 1)} | {longest}
     return random_prompts([length for length in sorted(lengths) if 0 < length <= longest], seed=0)

@@ -39,9 +39,9 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True,
 SETTINGS: dict[str, Any] = {
     "attention_backend": "CUSTOM",
     "max_model_len": 1024,
-    "additional_config": {"self_extend": {"group_size": 24, "neighbor_window": 16}},
+    "additional_config": {"self_extend": {"neighbor_window": 16}},
 }
-METHOD = SelfExtend(24, 16, exact_len=TRAINED_LENGTH)
+METHOD = SelfExtend("auto", 16, exact_len=TRAINED_LENGTH)
 CHUNKS = {"max_num_batched_tokens": 96, "enable_chunked_prefill": True}
 CLOSE = {"atol": 1e-3, "rtol": 0.0}
 

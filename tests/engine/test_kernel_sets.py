@@ -16,7 +16,6 @@ from .models import random_prompts
 from .passkeys import make_prompt
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
-NUMBERS = {"group_size": 12, "neighbor_window": 16}
 
 
 def kernel_modules(llm: LLM) -> set[str]:
@@ -36,7 +35,7 @@ def answers(llm: LLM) -> list[list[int]]:
 
 def test_the_native_kernels_are_the_default_and_agree(checkpoint: Callable, start_engine: Callable) -> None:
     def start(**settings: Any) -> LLM:
-        config = {"self_extend": {**NUMBERS, **settings}}
+        config = {"self_extend": {"neighbor_window": 16, **settings}}
         return start_engine(
             checkpoint("gemma2"), attention_backend="CUSTOM", max_model_len=320, additional_config=config
         )

@@ -10,6 +10,8 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
+from vllm_selfextend.plan import read_plan
+
 from .comparison import check
 from .models import TRAINED_LENGTH, VOCAB_SIZE, random_prompts
 from .oracle import SelfExtend
@@ -43,10 +45,7 @@ def test_short_prompts_get_the_stock_answers(name: str, checkpoint: Callable, st
     # longrope switches to its long factors with the length served, in stock vLLM too: the same length for both.
     length = TRAINED_LENGTH
     stock = answers(start_engine(checkpoint(name), max_model_len=length))
-    settings = {"group_size": 8, "neighbor_window": 16}
-    llm = start_engine(
-        checkpoint(name), attention_backend="CUSTOM", max_model_len=384, additional_config={"self_extend": settings}
-    )
+    llm = start_engine(checkpoint(name), attention_backend="CUSTOM", max_model_len=384)
     assert backends(llm) == {"CUSTOM"}
     assert answers(llm) == stock
 
@@ -89,7 +88,7 @@ def test_custom_past_the_checkpoints_length_without_grouping(
         additional_config={"self_extend": settings | ({} if name == "gemma3" else {"group_size": 1})},
         speculative_config=None if name == "gemma3" else draft,
     )
-    assert llm.llm_engine.vllm_config.additional_config["self_extend"]["group_size"] == 1
+    assert not read_plan(llm.llm_engine.vllm_config).groups
     texts = random_prompts((40, TRAINED_LENGTH, 240), seed=3)
     check(llm, oracle, path, texts, SelfExtend(group_size=1, neighbor_window=1))
 
@@ -97,5 +96,5 @@ def test_custom_past_the_checkpoints_length_without_grouping(
 def test_custom_within_the_trained_length_is_ordinary_attention(checkpoint: Callable, start_engine: Callable) -> None:
     stock = answers(start_engine(checkpoint("llama")))
     llm = start_engine(checkpoint("llama"), attention_backend="CUSTOM")
-    assert llm.llm_engine.vllm_config.additional_config["self_extend"]["group_size"] == 1
+    assert not read_plan(llm.llm_engine.vllm_config).groups
     assert answers(llm) == stock

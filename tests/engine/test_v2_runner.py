@@ -21,7 +21,6 @@ from .models import random_prompts, save_random_adapter
 NEW_TOKENS = 6
 LENGTHS = (5, 40, 65, 130)  # within the trained length of 64, just past it, and far past it
 SETTINGS = {"attention_backend": "CUSTOM", "max_model_len": 160}
-NUMBERS = {"group_size": 6, "neighbor_window": 16}
 
 
 def prompts() -> list[list[int]]:
@@ -86,7 +85,7 @@ def make_case(
 
 
 def serve(model: str, kernel: str, **settings: Any) -> dict[str, Any]:
-    numbers = {**NUMBERS, "kernel": kernel}
+    numbers = {"neighbor_window": 16, "kernel": kernel}
     return {**SETTINGS, "model": model, "additional_config": {"self_extend": numbers}, **settings}
 
 

@@ -38,24 +38,44 @@ def test_plan_of_the_demo_model() -> None:
     assert report["supported"] is True
     assert (report["trained_length"], report["neighbor_window"], report["group_size"]) == (256, 64, "auto")
     assert report["capacity"] is None
-    sizes = {"256": 1.0, "512": 2.5, "1024": 5.5, "2048": 11.0, "4096": 22.0}
-    assert report["group_sizes"] == sizes
+    # (i - 64) / 191 for i = 511, 1023, 2047 and 4095, rounded up to four bits.
+    assert report["group_sizes"] == {"256": 1.0, "512": 2.5, "1024": 5.5, "2048": 11.0, "4096": 22.0}
     # 4 layers, keys and values, 2 heads of 32; vLLM serves float32 checkpoints in 16 bits.
     assert report["kv_bytes_per_token"] == 4 * 2 * 2 * 32 * 2
     assert report["kv_bytes_per_sequence"] == 4096 * report["kv_bytes_per_token"]
 
 
 def test_plan_prints_a_table_and_the_command() -> None:
-    result = invoke("plan", MODEL_DIR, "--max-model-len", 4096)
+    result = invoke("plan", MODEL_DIR, "--max-model-len", 600)
     assert result.exit_code == 0
-    for text in ("trained length L", "256 tokens", "22 at 4,096", "--attention-backend CUSTOM --max-model-len 4096"):
-        assert text in result.stdout
+    shown = " ".join(result.stdout.replace("│", "").split())
+    assert "trained length L 256 tokens" in shown
+    assert "group size G auto by position: 1 at 256, 2.5 at 512, 3 at 600 tokens" in shown
+    assert "longest sequence none: the group size grows" in shown
+    assert "--attention-backend CUSTOM --max-model-len 600" in shown
+    assert "--additional-config" not in shown
 
 
 def test_plan_with_the_users_numbers() -> None:
-    report = plan(MODEL_DIR, "--max-model-len", 1600, "--group-size", 8, "--neighbor-window", 64)
-    assert (report["capacity"], report["group_sizes"]["1600"]) == (1600, 8.0)
+    numbers = ["--group-size", 8, "--neighbor-window", 64]
+    report = plan(MODEL_DIR, "--max-model-len", 1600, *numbers)
+    assert (report["group_size"], report["capacity"]) == (8, 1600)
+    assert report["group_sizes"] == {"256": 1.0, "512": 8.0, "1024": 8.0, "1600": 8.0}
+    shown = " ".join(invoke("plan", MODEL_DIR, "--max-model-len", 1600, *numbers).stdout.replace("│", "").split())
+    assert "group size G 8: 1 at 256, 8 at 512," in shown
+    assert "longest sequence 1,600 tokens" in shown
+    assert """--additional-config '{"self_extend": {"group_size": 8, "neighbor_window": 64}}'""" in shown
     assert plan(MODEL_DIR, "--max-model-len", 4096, "--trained-length", 512)["trained_length"] == 512
+
+
+def test_plan_within_the_trained_length() -> None:
+    """Any window is allowed there."""
+    for window in (64, 255, 256):
+        report = plan(MODEL_DIR, "--max-model-len", 256, "--neighbor-window", window)
+        assert (report["supported"], report["group_sizes"]) == (True, {"256": 1.0})
+    result = invoke("plan", MODEL_DIR, "--max-model-len", 257, "--neighbor-window", 255)
+    assert result.exit_code == 1
+    assert "Set neighbor_window to at most 191, or group_size to a number" in " ".join(result.stderr.split())
 
 
 def write_config(folder: Path, **changes: object) -> Path:
@@ -126,7 +146,7 @@ def test_configs_that_are_not_what_they_should_be(changes: dict, said: str, tmp_
 def test_plan_past_the_capacity() -> None:
     result = invoke("plan", MODEL_DIR, "--max-model-len", 4096, "--group-size", 8)
     assert result.exit_code == 1
-    assert "Set group_size to 22 or more" in " ".join(result.stderr.split())
+    assert "Set group_size to 22 or more or leave it out" in " ".join(result.stderr.split())
 
 
 def test_plan_of_an_unsupported_model(tmp_path: Path) -> None:
@@ -212,7 +232,7 @@ def test_evaluate_and_tune_refuse_in_a_sentence(options: list, exit_code: int, s
     [
         (["evaluate", "--method", "magic"], 2, "'magic' is not one of"),
         (["evaluate", "--task", "magic"], 2, "'magic' is not one of"),
-        (["evaluate", "--group-size", 2], 1, "Set group_size to 6 or more"),
+        (["evaluate", "--group-size", 2], 1, "Set group_size to 6 or more or leave it out"),
         (["evaluate", "--length", 2048], 1, "--length 2048 is more than --max-model-len 1024"),
         (["evaluate", "--loss-length", 2048], 1, "--loss-length 2048 is more than --max-model-len 1024"),
         (["evaluate", "--task", "passkey", "--length", 64, "--keys", 6], 1, "too short: 6 key(s) take"),

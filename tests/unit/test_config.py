@@ -102,42 +102,56 @@ def test_a_window_of_the_trained_length_cannot_be_extended() -> None:
 
 
 def test_within_the_trained_length_nothing_is_grouped() -> None:
-    assert not read().plan(4096, 4096).groups
-    assert not read(group_size=4).plan(4096, 4096).groups
-    assert not read(group_size=1).plan(4096, 4096).groups
-    assert read(group_size=4, exact_short=False).plan(4096, 4096).groups
+    for config in (read(), read(group_size=4, exact_short=True), read(group_size=1, exact_short=False)):
+        assert not config.plan(4096, 4096).groups
     assert read().plan(4096, 4097).groups
+    assert read(group_size=4, exact_short=False).plan(4096, 4096).groups, "what the user sets, holds"
 
 
-def test_the_group_size_follows_the_position_and_not_the_served_length() -> None:
-    short, long = (read().plan(8192, max_model_len) for max_model_len in (16384, 131072))
-    assert (short.neighbor_window, short.group_size, short.capacity) == (1024, "auto", None)
-    assert short.group_sizes(16384).equal(long.group_sizes(131072)[:16384])
-    # (16383 - 1024) / 7167 is 2.14: 18 eighths have four significant bits.
-    assert [long.group_size_at(length) for length in (8192, 8193, 16384)] == [1.0, 1.125, 2.25]
+def test_the_defaults_follow_the_position() -> None:
+    plan = read().plan(8192, 32768)
+    assert (plan.group_size, plan.neighbor_window, plan.capacity) == ("auto", 1024, None)
+    # (i - W) / S with S = L - W - 1, rounded up to 1/8 up to 2, to 1/4 up to 4, to 1/2 up to 8.
+    sizes = {8192: 1.0, 8193: 1.125, 12288: 1.625, 16384: 2.25, 32768: 4.5}
+    assert {length: plan.group_size_at(length) for length in sizes} == sizes
+    assert read().plan(256, 4096).neighbor_window == 64, "a quarter of the trained length"
 
 
-@given(st.integers(3, 200_000), st.integers(1, 64))
-def test_the_automatic_window_leaves_room(trained_length: int, times: int) -> None:
-    plan = read().plan(trained_length, trained_length * times + 1)
-    assert 1 <= plan.neighbor_window <= min(largest_auto_window(trained_length), max(trained_length // 4, 1))
+@given(st.integers(4, 200_000), st.integers(1, 64), st.integers(1, 64))
+def test_the_served_length_changes_no_group_size(trained_length: int, times: int, more: int) -> None:
+    short, long = (read().plan(trained_length, trained_length * one + 1) for one in (times, times + more))
+    assert short.neighbor_window == long.neighbor_window
+    first = max(0, short.max_model_len - 100)
+    assert (short.group_sizes(100, first) == long.group_sizes(100, first)).all()
 
 
-def test_a_window_that_leaves_no_room_is_refused() -> None:
+@given(st.integers(3, 200_000))
+def test_the_default_window_is_one_that_may_be(trained_length: int) -> None:
+    window = read().plan(trained_length, trained_length + 1).neighbor_window
+    assert 1 <= window <= min(1024, largest_auto_window(trained_length))
+
+
+@given(st.integers(3, 100_000), st.data())
+def test_windows_that_leave_too_little_to_far_keys(trained_length: int, data: st.DataObject) -> None:
+    most = largest_auto_window(trained_length)
+    window = data.draw(st.integers(most + 1, trained_length))
+    config = read(neighbor_window=window)
     message = (
-        "self_extend.neighbor_window is 192, and an automatic group_size needs a quarter of the trained length 256 for "
-        "the keys before it. Set neighbor_window to at most 191, or group_size to a number."
+        f"neighbor_window is {window}, and an automatic group_size needs .* Set neighbor_window to at most {most}, "
     )
     with pytest.raises(ValueError, match=message):
-        read(neighbor_window=192).plan(256, 1024)
-    assert read(neighbor_window=191).plan(256, 1024).groups
-    assert not read(neighbor_window=192).plan(256, 256).groups
-    assert read(neighbor_window=192, group_size=20).plan(256, 1024).groups
+        config.plan(trained_length, trained_length + 1)
+    plan = config.plan(trained_length, trained_length)
+    assert plan.group_size_at(trained_length) == 1, "where nothing past it is served, any window will do"
+    assert read(neighbor_window=most).plan(trained_length, trained_length + 1).groups
 
 
-def test_an_automatic_group_size_begins_past_the_trained_length() -> None:
-    with pytest.raises(ValueError, match=r"exact_short is false, and .*group_size is 'auto'.* Set group_size to a num"):
+def test_automatic_group_sizes_begin_past_the_trained_length() -> None:
+    with pytest.raises(
+        ValueError, match=r"exact_short is false, and self_extend\.group_size is 'auto'.*Set group_size"
+    ):
         read(exact_short=False)
+    assert read(exact_short=False, group_size=8).plan(256, 512).exact_len == 0
 
 
 @pytest.mark.parametrize("length", [0, -1])

@@ -74,12 +74,12 @@ def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_only_what_differs_is_said(tmp_path: Path) -> None:
-    settings = {"plan": {"group_size": 6, "reason": "long"}, "methods": ["yarn"]}
+    settings = {"plan": {"group_size": "auto", "group_sizes": {256: 1.0}}, "methods": ["yarn"]}
     Records(tmp_path, settings).add(row("a"))
     with pytest.raises(ValueError, match="another run") as refused:
-        Records(tmp_path, {**settings, "plan": {"group_size": 8, "reason": "long"}})
-    assert "there plan.group_size was 6, and now it is 8. Take" in str(refused.value)
-    assert "long" not in str(refused.value)
+        Records(tmp_path, {**settings, "plan": {"group_size": 8, "group_sizes": {256: 1.0}}})
+    assert "there plan.group_size was 'auto', and now it is 8. Take" in str(refused.value)
+    assert "group_sizes" not in str(refused.value)
     with pytest.raises(ValueError, match=r"a was None, and now it is 1; b .*; c .*; and 2 more\. Take"):
         Records(tmp_path, settings | dict.fromkeys("abcde", 1))
 

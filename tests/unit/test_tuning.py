@@ -9,6 +9,7 @@ from rich.console import Console
 from vllm_selfextend.config import SelfExtendConfig
 from vllm_selfextend.evaluation.loss import LossTask
 from vllm_selfextend.evaluation.prompts import Prompt
+from vllm_selfextend.evaluation.summary import group_sizes_of
 from vllm_selfextend.evaluation.tables import distance_from_auto, numbers_table
 from vllm_selfextend.evaluation.tuning import Numbers, Search, check_differs
 from vllm_selfextend.evaluation.user_prompts import UserTask
@@ -35,28 +36,41 @@ def test_only_what_reaches_is_tried_and_once(length: int, times: int, seed: int)
     for group_size, window in tried:
         if group_size == "auto":
             assert 1 <= window <= largest_auto_window(length)
-            continue
-        assert group_size >= 2
-        assert 1 <= window <= length
-        assert capacity(length, group_size, window) >= length * times
+        else:
+            assert group_size >= 2
+            assert 1 <= window <= length
+            assert capacity(length, group_size, window) >= length * times
     assert sum(one.costs[one.best]) == min(map(sum, one.costs.values()))
 
 
 def test_the_search_goes_to_where_it_is_best() -> None:
-    """A bowl whose bottom is in no coarse cell."""
-    one = search(8192, 32768)
-    bottom = 9, 3000
+    """A bowl whose bottom is in no coarse cell; automatic sizes are as good as the number `auto_is_like`."""
 
-    def costs_of(numbers: Numbers) -> list[float]:
-        if numbers[0] == "auto":
-            return [9.0, 9.0]
-        return [sum(abs(math.log(a / b)) for a, b in zip(numbers, bottom, strict=True))] * 2
+    def search_from(auto_is_like: int) -> Search:
+        def costs_of(numbers: Numbers) -> list[float]:
+            group_size = auto_is_like if numbers[0] == "auto" else numbers[0]
+            return [abs(math.log(group_size / 9)) + abs(math.log(numbers[1] / 3000))] * 2
 
-    one.run(costs_of, 60.0)
-    group_size, window = one.best
-    assert group_size in (8, 9, 10)
-    assert 2300 < window < 3900
-    assert one.auto_above_best().low > 0.0
+        one = search(8192, 32768)
+        one.run(costs_of, 60.0)
+        assert 2300 < one.best[1] < 3900
+        assert one.auto_above_best().low > 0.0, "its window is another"
+        return one
+
+    assert search_from(auto_is_like=60).best[0] in (8, 9, 10)
+    assert search_from(auto_is_like=9).best[0] in ("auto", 9)
+
+
+def test_where_no_group_size_is_automatic() -> None:
+    """As `tune --no-exact-short` does."""
+    one = Search(256, 1024, (6, 64))
+    one.run(lambda numbers: [1.0 / numbers[1]], 60.0)
+    assert one.auto in one.costs
+    assert all(isinstance(group_size, int) for group_size, _ in one.costs)
+
+
+def test_automatic_group_sizes_are_shown_first() -> None:
+    assert group_sizes_of([(9, 64), (30, 64), ("auto", 64), (9, 32)]) == ["auto", 9, 30]
 
 
 def test_equals_are_the_automatic_choice() -> None:
@@ -93,7 +107,7 @@ def test_noise_is_not_called_a_difference() -> None:
     one.costs = {one.auto: [2.0, 3.0, 4.0] * 5, (30, 64): [1.0, 2.0, 3.1] * 5}
     assert "no difference" not in distance_from_auto(one)
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(numbers_table(one, True, ["auto", 30]))
+    console.print(numbers_table(one, True, group_sizes_of(one.costs)))
     shown = console.export_text()
     assert "2.033 *" in shown
     assert "3.000 a" in shown
