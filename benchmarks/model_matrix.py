@@ -205,7 +205,7 @@ def serve(title: str, checkpoint: str, extended: bool) -> Served:
             "max_model_len": MAX_MODEL_LEN,
             "additional_config": {"self_extend": numbers},
         }
-        texts = prompts(GROUP_SIZE, NEIGHBOR_WINDOW, MAX_MODEL_LEN, block_size=32)
+        texts = prompts(NEIGHBOR_WINDOW, MAX_MODEL_LEN, block_size=32)
     else:
         settings["max_model_len"] = TRAINED_LENGTH
         texts = random_prompts((1, 5, 17, 18, 19, 33, TRAINED_LENGTH - NEW_TOKENS), seed=0)
@@ -337,7 +337,7 @@ def _stock(title: str, checkpoint: str, for_oracle: str, log: Path) -> str:
 def run_apply(architecture: Architecture, log: Path) -> dict[str, Any]:
     """Run one architecture in transformers; what fails, and is not refused, is put to transformers as it is too."""
     start, title = time.monotonic(), architecture.title
-    texts = prompts(GROUP_SIZE, NEIGHBOR_WINDOW, MAX_MODEL_LEN, block_size=32)
+    texts = prompts(NEIGHBOR_WINDOW, MAX_MODEL_LEN, block_size=32)
     numbers = GROUP_SIZE, NEIGHBOR_WINDOW
 
     def result(status: str, **more: Any) -> dict[str, Any]:
