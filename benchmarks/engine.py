@@ -222,20 +222,13 @@ def main(
     dtype: Annotated[list[DType], typer.Option(help="May be given more than once.")] = DEFAULT_DTYPES,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     kernel: Annotated[str, typer.Option(help="Our kernel set.")] = "auto",
-    trained_length: Annotated[int, typer.Option(min=1)] = TRAINED_LENGTH,
-    group_size: Annotated[int, typer.Option(min=1)] = 8,
-    neighbor_window: Annotated[int, typer.Option(min=1)] = 1024,
+    trained_length: Annotated[int, typer.Option(min=4)] = TRAINED_LENGTH,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line per load and dtype.")] = None,
 ) -> None:
     """Time a vLLM engine with Self-Extend against one without, on a CPU."""
     set_environment(threads)
     rng = random.Random(0)
-    self_extend = {
-        "trained_length": trained_length,
-        "group_size": group_size,
-        "neighbor_window": neighbor_window,
-        "kernel": kernel,
-    }
+    self_extend = {"trained_length": trained_length, "kernel": kernel}
     custom = {"attention_backend": "CUSTOM", "additional_config": {"self_extend": self_extend}}
     facts = {
         "device": machine.device(threads),
@@ -243,8 +236,7 @@ def main(
         "num_heads": NUM_HEADS,
         "num_kv_heads": NUM_KV_HEADS,
         "head_size": HEAD_SIZE,
-        "group_size": group_size,
-        "neighbor_window": neighbor_window,
+        "trained_length": trained_length,
     }
     rows: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -10,12 +10,13 @@ from tests.engine import oracle
 from tests.engine.architectures import BY_TITLE
 from tests.engine.comparison import NEW_TOKENS, Generated
 from tests.engine.models import SHAPE, TRAINED_LENGTH
+from vllm_selfextend.positions import GroupSize
 
 PAD = SHAPE["pad_token_id"]
 
 
 @torch.inference_mode()
-def extend(title: str, checkpoint: str, texts: list[list[int]], numbers: tuple[int, int] | None) -> list[Any]:
+def extend(title: str, checkpoint: str, texts: list[list[int]], numbers: tuple[GroupSize, int] | None) -> list[Any]:
     """What the model generated, or the texts with their states or classes; `numbers` are the group size and the window.
 
     Prompts are read one by one, without a cache; answers are written into one, by all prompts at once, padded.

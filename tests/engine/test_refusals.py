@@ -136,7 +136,7 @@ def test_a_length_past_the_checkpoints_needs_a_model_that_can_be_extended_groupe
     with pytest.raises(ValueError, match=message):
         configure(tmp_path, config, additional_config={"self_extend": {"trained_length": 512}})
     plan = read_plan(configure(tmp_path, config, max_model_len=64))
-    assert plan.group_size == 1, "within what vLLM derives, it is served as by stock vLLM"
+    assert not plan.groups, "within what vLLM derives, it is served as by stock vLLM"
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -175,10 +175,6 @@ def test_models_that_work(case: str, tmp_path: Path) -> None:
         ({"tensor_parallel_size": 4, "decode_context_parallel_size": 2}, "context parallelism splits the positions"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
         ({"block_size": 8}, "block_size not supported"),
-        (
-            {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
-            "the group size says how they are stored",
-        ),
         ({"max_num_batched_tokens": 1, "enable_chunked_prefill": False}, "max_num_batched_tokens"),
     ],
 )
@@ -312,7 +308,7 @@ def test_a_draft_model_does_not_turn_it_off(tmp_path: Path, monkeypatch: pytest.
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
     for draft in (LLAMA, {**LLAMA, "rope_parameters": yarn}):
         vllm_config = start(draft)
-        assert read_plan(vllm_config).group_size > 1
+        assert read_plan(vllm_config).groups
         assert vllm_config.model_config.max_model_len == 512
         assert vllm_config.speculative_config.draft_model_config.max_model_len == 512
     with pytest.raises(ValueError, match=r"draft end at 64 tokens, and vLLM's V2 model runner cannot serve 512"):
@@ -349,6 +345,12 @@ def test_settings(tmp_path: Path) -> None:
     numbers = {"group_size": 4, "neighbor_window": 16}
     with pytest.raises(ValueError, match=r"max_model_len is 512.*reaches 208 tokens. Set group_size to 11 or more"):
         configure(tmp_path, LLAMA, additional_config={"self_extend": numbers})
+    with pytest.raises(ValueError, match=r"an automatic group_size needs a quarter.*Set neighbor_window to at most 47"):
+        configure(tmp_path, LLAMA, additional_config={"self_extend": {"neighbor_window": 48}})
+    plan = read_plan(
+        configure(tmp_path, LLAMA, max_model_len=64, additional_config={"self_extend": {"neighbor_window": 63}})
+    )
+    assert not plan.groups, "where nothing past the trained length is served, any window will do"
 
 
 def test_slow_kernels_are_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

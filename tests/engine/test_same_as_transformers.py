@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 from vllm import SamplingParams
 
+from vllm_selfextend.positions import GroupSize
+
 from .models import TRAINED_LENGTH, random_prompts
 
 NEW_TOKENS = 6
@@ -29,14 +31,27 @@ print(json.dumps(greedy(model, prompts, numbers[4])[0]))
 
 
 @pytest.mark.parametrize(
-    ("name", "exact_short"),
-    [("llama", False), ("qwen3", True), ("gemma2", False), ("phi", True), ("cohere", False)],
+    ("name", "group_size", "exact_short"),
+    [
+        ("llama", "auto", True),
+        ("qwen3", 4, True),
+        ("gemma2", "auto", True),
+        ("phi", "auto", True),
+        ("cohere", 4, False),
+    ],
 )
-def test_tokens_are_the_same(name: str, exact_short: bool, checkpoint: Callable, start_engine: Callable) -> None:
+def test_tokens_are_the_same(
+    name: str, group_size: GroupSize, exact_short: bool, checkpoint: Callable, start_engine: Callable
+) -> None:
     path, prompts = checkpoint(name), random_prompts(LENGTHS, seed=6)
-    given = json.dumps([path, prompts, [4, 16, TRAINED_LENGTH, exact_short, NEW_TOKENS]])
+    given = json.dumps([path, prompts, [group_size, 16, TRAINED_LENGTH, exact_short, NEW_TOKENS]])
     done = subprocess.run([sys.executable, "-c", SCRIPT], input=given, capture_output=True, text=True, check=True)
-    settings = {"group_size": 4, "neighbor_window": 16, "trained_length": TRAINED_LENGTH, "exact_short": exact_short}
+    settings = {
+        "group_size": group_size,
+        "neighbor_window": 16,
+        "trained_length": TRAINED_LENGTH,
+        "exact_short": exact_short,
+    }
     llm = start_engine(path, attention_backend="CUSTOM", max_model_len=208, additional_config={"self_extend": settings})
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
