@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 IMAGES = Path(__file__).with_name("images")
 
 TEXT = 16  # tokens of the short text, for a model trained on half as many
-TEXT_TRAINED, TEXT_WINDOW = 8, 3
+TEXT_TRAINED, TEXT_WINDOW = 8, 2
 CELLS = ListedColormap(["#cfe0f0", "#f5dfae", "#c0504d"])  # told apart in print and by people with any color vision
 NEIGHBOR, GROUPED, PAST_TRAINED = range(3)
 

@@ -229,7 +229,7 @@ def evaluate(
     neighbor_window: NeighborWindow = None,
     trained_length: TrainedLength = None,
     exact_short: ExactShort = True,
-    log_scale: LogScale = False,
+    log_scale: LogScale = True,
     seed: Seed = 0,
     engine_args: EngineArgs = "{}",
     output: Annotated[
@@ -302,7 +302,7 @@ def tune(
     chat: Chat = None,
     trained_length: TrainedLength = None,
     exact_short: ExactShort = True,
-    log_scale: LogScale = False,
+    log_scale: LogScale = True,
     seed: Seed = 0,
     engine_args: EngineArgs = "{}",
     output: Annotated[Path | None, typer.Option(help="Write tuning.json and a heat map to this folder.")] = None,
@@ -478,13 +478,13 @@ def _settings(
     neighbor_window: int | None,
     trained_length: int | None,
     exact_short: bool = True,
-    log_scale: bool = False,
+    log_scale: bool = True,
 ) -> dict[str, Any]:
     """What differs from the defaults, as in `additional_config["self_extend"]`."""
     chosen = {"group_size": group_size, "neighbor_window": neighbor_window, "trained_length": trained_length}
-    switches = {"exact_short": False} if not exact_short else {}
-    switches |= {"log_scale": True} if log_scale else {}
-    return {name: value for name, value in chosen.items() if value is not None} | switches
+    switches = {"exact_short": exact_short, "log_scale": log_scale}
+    off = {name: value for name, value in switches.items() if not value}
+    return {name: value for name, value in chosen.items() if value is not None} | off
 
 
 def _engine_args(text: str, taken: Collection[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from .backends import KERNEL_CHOICES
 from .backends.limits import MAX_POSITIONS
 from .plan import CONFIG_KEY, ExtensionPlan
-from .positions import GroupSize, as_count, default_window, largest_auto_window, smallest_group_size
+from .positions import GroupSize, as_count, auto_reach, default_window, largest_auto_window, smallest_group_size
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SelfExtendConfig:
         trained_length: `L`, tokens; None is the length vLLM derives for the checkpoint.
         exact_short: Queries at positions below `L` get the unmodified model's attention. False is the paper to the
             letter, and needs a group size.
-        log_scale: Multiply queries by `max(1, ln(position + 1) / ln(L))`.
+        log_scale: Multiply queries by `max(1, ln(position + 1) / ln(L))`; False is the paper to the letter.
         kernel: Which kernels compute it.
 
     """
@@ -32,7 +32,7 @@ class SelfExtendConfig:
     neighbor_window: int | Literal["auto"] = "auto"
     trained_length: int | None = None
     exact_short: bool = True
-    log_scale: bool = False
+    log_scale: bool = True
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
@@ -115,7 +115,9 @@ class SelfExtendConfig:
                 "one."
             )
         if self.log_scale and length == 1:
-            raise ValueError(f"{CONFIG_KEY}.log_scale is on, and the trained length 1 has no logarithm to scale by.")
+            raise ValueError(
+                f"{CONFIG_KEY}.log_scale is on, and the trained length 1 has no logarithm to scale by. Set it to false."
+            )
         window = self.neighbor_window if isinstance(self.neighbor_window, int) else default_window(length)
         if window > length:
             raise ValueError(
@@ -124,9 +126,9 @@ class SelfExtendConfig:
             )
         if self.group_size == "auto" and max_model_len > length and window > (most := largest_auto_window(length)):
             raise ValueError(
-                f"{CONFIG_KEY}.neighbor_window is {window}, and an automatic group_size needs a quarter of the trained "
-                f"length {length} for the keys before it. Set neighbor_window to at most {most}, or group_size to a "
-                "number."
+                f"{CONFIG_KEY}.neighbor_window is {window}, and an automatic group_size uses {auto_reach(length)} "
+                "positions, of which the keys before the window need a quarter. Set "
+                f"{f'neighbor_window to at most {most}, or ' if most else ''}group_size to a number."
             )
         plan = ExtensionPlan(
             max_model_len=max_model_len,

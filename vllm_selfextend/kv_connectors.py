@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 
 from .backends import load_kernels
 from .plan import ExtensionPlan, has_plan, read_plan
-from .positions import SIGNIFICANT_BITS
+from .positions import SIGNIFICANT_BITS, auto_reach
 
 logger = init_logger("vllm.self_extend")
 
@@ -51,7 +51,8 @@ def check_connector(kv_transfer_config: KVTransferConfig, plan: ExtensionPlan) -
 
 def cache_layout(plan: ExtensionPlan) -> str:
     """What has to be equal for one engine to read what another stored: a name for it, fit for files."""
-    group_size = f"auto{SIGNIFICANT_BITS}" if plan.group_size == "auto" else plan.group_size
+    rule = f"auto{auto_reach(plan.trained_length)}s{SIGNIFICANT_BITS}"
+    group_size = rule if plan.group_size == "auto" else plan.group_size
     numbers = f"g{group_size}-w{plan.neighbor_window}-l{plan.trained_length}"
     switches = f"exact{plan.exact_len}-log{plan.log_scale_len}"
     return f"self_extend-{numbers}-{switches}-{load_kernels(plan.kernel).CACHE_LAYOUT}"

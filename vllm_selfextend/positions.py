@@ -19,6 +19,14 @@ SIGNIFICANT_BITS = 4
 """Of an automatic group size, in eighths: steps of 1/8 up to 2, of 1/4 up to 4, and so on, eight to each doubling."""
 
 
+def auto_reach(trained_length: int) -> int:
+    """`T`, two thirds of `L`: relative positions of an automatic group size stay below it.
+
+    A model has read the longest of its relative positions seldom, and finds less at them (`docs/numbers.md`).
+    """
+    return max(1, 2 * trained_length // 3)
+
+
 def as_count(value: Any, least: int = 1) -> int | None:
     """`value` as an int if it is an integer, of NumPy too, from `least` to `MAX_POSITIONS`; None if it is not."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
@@ -40,8 +48,9 @@ def default_window(trained_length: int) -> int:
 
 
 def largest_auto_window(trained_length: int) -> int:
-    """The largest neighbor window with which group sizes may be automatic: it leaves a quarter of `L` to far keys."""
-    return trained_length - 1 - -(-trained_length // 4)
+    """The largest neighbor window with which group sizes may be automatic: it leaves a quarter of `T` to far keys."""
+    reach = auto_reach(trained_length)
+    return reach - 1 - -(-reach // 4)
 
 
 def group_sizes(
@@ -54,11 +63,11 @@ def group_sizes(
         trained_length: `L`.
         neighbor_window: `W`; with "auto" at most `largest_auto_window`.
         group_size: `G` for all positions from `exact_len` on; "auto" is the least at which no relative position reaches
-            `L`, rounded up to `SIGNIFICANT_BITS`.
+            `T` (`auto_reach`), rounded up to `SIGNIFICANT_BITS`.
         exact_len: Positions below it have group size 1: the unmodified model.
         first: The first of the positions.
 
-    `p S >= 8 (i - W)` with `S = L - W - 1` keeps the relative positions of `i` below `L`, since `floor(a) - floor(b) <=
+    `p S >= 8 (i - W)` with `S = T - W - 1` keeps the relative positions of `i` below `T`, since `floor(a) - floor(b) <=
     ceil(a - b)`.
 
     """
@@ -68,8 +77,9 @@ def group_sizes(
     if group_size != "auto":
         eighths = torch.full_like(positions, EIGHTHS * group_size)
     else:
-        reach = max(1, trained_length - neighbor_window - 1)  # a wider window is allowed where no text goes past L
-        eighths = -(-EIGHTHS * (positions - neighbor_window) // reach)
+        # A wider window is allowed where no text goes past L.
+        far = max(1, auto_reach(trained_length) - neighbor_window - 1)
+        eighths = -(-EIGHTHS * (positions - neighbor_window) // far)
         eighths = eighths.clamp(min=EIGHTHS + 1)
         # frexp says how many bits they have.
         dropped = (torch.frexp(eighths.double()).exponent.long() - SIGNIFICANT_BITS).clamp(min=0)

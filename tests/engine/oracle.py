@@ -38,13 +38,18 @@ LOCAL_ATTENTION = ("sliding_attention", "chunked_attention")
 class SelfExtend:
     """The paper's numbers; `exact_len` and `log_scale_len` as the project defines them, `group_size=1` no grouping.
 
-    With `group_size` "auto" it follows the query's position, and `exact_len` is the trained length.
+    With `group_size` "auto" it follows the query's position, and `exact_len` is the trained length. Queries past
+    `log_scale_len` are scaled, which where it is not said is `exact_len`.
     """
 
     group_size: int | str
     neighbor_window: int
     exact_len: int = 0
-    log_scale_len: int = 0
+    log_scale_len: int | None = None
+
+    @property
+    def scale_len(self) -> int:
+        return self.exact_len if self.log_scale_len is None else self.log_scale_len
 
     def eighths(self, position: int) -> int:
         """Eight times the group size of the query at a position."""
@@ -52,7 +57,8 @@ class SelfExtend:
             return 8
         if isinstance(self.group_size, int):
             return 8 * self.group_size
-        needed = math.ceil(8 * (position - self.neighbor_window) / (self.exact_len - self.neighbor_window - 1))
+        far = 2 * self.exact_len // 3 - self.neighbor_window - 1
+        needed = math.ceil(8 * (position - self.neighbor_window) / far)
         return next(
             mantissa << shift for shift in range(60) for mantissa in range(9, 17) if mantissa << shift >= needed
         )
@@ -235,8 +241,8 @@ class _Oracle:
                 _, grouped_key = self._again(f"keys at {one}", 8 * position // one)
                 is_grouped = ~is_neighbor & (size == one)[:, None]
                 scores = torch.where(is_grouped, _scores(grouped_query, grouped_key, scaling), scores)
-            if method.log_scale_len:
-                scores = scores * ((position + 1).log() / math.log(method.log_scale_len)).clamp(min=1.0)[:, None]
+            if method.scale_len:
+                scores = scores * ((position + 1).log() / math.log(method.scale_len)).clamp(min=1.0)[:, None]
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(position[:, None] < position, float("-inf"))

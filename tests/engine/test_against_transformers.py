@@ -51,7 +51,8 @@ def test_tokens_equal_the_papers(title: str, start_engine: Callable, oracle: Cal
     exact_short = index % 3 != 2
     group_size, neighbor_window, max_model_len = AUTOMATIC if exact_short else (DIVIDES, ODD)[index % 2]
     path, for_oracle = architecture.save(tmp_path)
-    settings = {"group_size": group_size, "neighbor_window": neighbor_window, "exact_short": exact_short}
+    settings = {"group_size": group_size, "neighbor_window": neighbor_window}
+    settings |= {"exact_short": exact_short, "log_scale": exact_short}
     llm = start_engine(
         path,
         attention_backend="CUSTOM",
@@ -158,6 +159,7 @@ def test_the_oracle_tells_methods_apart(name: str, checkpoint: Callable, oracle:
         (automatic, logprobs(1, 16)),
         (automatic, logprobs("auto", 17, TRAINED_LENGTH)),
         (automatic, logprobs(4, 16, TRAINED_LENGTH)),
+        (automatic, logprobs("auto", 16, TRAINED_LENGTH, 0)),
     ):
         assert (right - wrong).abs().max() > 0.1
 
@@ -179,14 +181,14 @@ def test_disable_sliding_window(checkpoint: Callable, start_engine: Callable, or
     check(llm, oracle, path, prompts(16, 200, block_size=32), SelfExtend("auto", 16, exact_len=window))
 
 
-def test_log_scale(checkpoint: Callable, start_engine: Callable, oracle: Callable) -> None:
-    """In layers that see the whole context, before the soft cap; those with a sliding window keep their queries."""
+def test_without_log_scale(checkpoint: Callable, start_engine: Callable, oracle: Callable) -> None:
+    """With it, layers that see the whole context scale before the soft cap: the families above have it."""
     path = checkpoint("gemma2")
     llm = start_engine(
         path,
         attention_backend="CUSTOM",
         max_model_len=245,
-        additional_config={"self_extend": {"neighbor_window": 18, "log_scale": True}},
+        additional_config={"self_extend": {"neighbor_window": 18, "log_scale": False}},
     )
-    method = SelfExtend("auto", 18, exact_len=TRAINED_LENGTH, log_scale_len=TRAINED_LENGTH)
+    method = SelfExtend("auto", 18, exact_len=TRAINED_LENGTH, log_scale_len=0)
     check(llm, oracle, path, prompts(18, 245, block_size=32), method)

@@ -118,7 +118,7 @@ def test_servers_of_other_lengths_share(checkpoint: Callable) -> None:
         settings = {**extended(6), "max_model_len": max_model_len, "additional_config": {"self_extend": numbers}}
         return cache_layout(read_plan(configure(checkpoint, "OffloadingConnector", **settings)))
 
-    assert name(128) == name(256) == name(1024) == "self_extend-gauto4-w16-l64-exact64-log0-cpu-2"
+    assert name(128) == name(256) == name(1024) == "self_extend-gauto4-w16-l64-exact64-log64-cpu-2"
     assert name(128, group_size=8) == name(256, group_size=8) != name(256)
 
 
@@ -129,12 +129,12 @@ def test_a_connector_that_cannot_be_told_is_named(checkpoint: Callable, monkeypa
     assert said == []
     configure(checkpoint, "MooncakeConnector", **extended(6))
     assert "MooncakeConnector" in said[0]
-    assert "self_extend-g6-w16-l64-exact64-log0-cpu-2" in said[0]
+    assert "self_extend-g6-w16-l64-exact64-log64-cpu-2" in said[0]
 
 
 def test_every_number_that_changes_keys_is_in_the_name(checkpoint: Callable) -> None:
     """Past the first layer keys depend on what queries before saw, so on all of them."""
-    changes = ({}, {"neighbor_window": 24}, {"trained_length": 60}, {"exact_short": False}, {"log_scale": True})
+    changes = ({}, {"neighbor_window": 24}, {"trained_length": 60}, {"exact_short": False}, {"log_scale": False})
     plans = [read_plan(configure(checkpoint, "OffloadingConnector", **extended(6, **change))) for change in changes]
     assert len({cache_layout(plan) for plan in plans}) == len(changes)
 

@@ -51,6 +51,7 @@ def test_tokens_are_the_same(
         "neighbor_window": 16,
         "trained_length": TRAINED_LENGTH,
         "exact_short": exact_short,
+        "log_scale": group_size == "auto",
     }
     llm = start_engine(path, attention_backend="CUSTOM", max_model_len=208, additional_config={"self_extend": settings})
     sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)

@@ -36,7 +36,8 @@ def test_tokens_equal_the_papers(name: str, numbers: str, checkpoint: Callable[[
     assert group_size != "auto" or len(plan.group_sizes(LENGTHS[-1]).unique()) > 8
     prompts = random_prompts(LENGTHS, seed=1)
     answers, logprobs = greedy(model, prompts, NEW_TOKENS)
-    method = oracle.SelfExtend(group_size, window, TRAINED_LENGTH if exact_short else 0)
+    log_scale_len = TRAINED_LENGTH if group_size == "auto" else 0
+    method = oracle.SelfExtend(group_size, window, TRAINED_LENGTH if exact_short else 0, log_scale_len)
     expected = oracle.next_token_logprobs(path, [p + a for p, a in zip(prompts, answers, strict=True)], method)
     for prompt, answer, got, wanted in zip(prompts, answers, logprobs, expected, strict=True):
         begin = len(prompt) - 1

@@ -38,8 +38,8 @@ def test_plan_of_the_demo_model() -> None:
     assert report["supported"] is True
     assert (report["trained_length"], report["neighbor_window"], report["group_size"]) == (256, 64, "auto")
     assert report["capacity"] is None
-    # (i - 64) / 191 for i = 511, 1023, 2047 and 4095, rounded up to four bits.
-    assert report["group_sizes"] == {"256": 1.0, "512": 2.5, "1024": 5.5, "2048": 11.0, "4096": 22.0}
+    # (i - 64) / 105 for i = 511, 1023, 2047 and 4095, rounded up to four bits.
+    assert report["group_sizes"] == {"256": 1.0, "512": 4.5, "1024": 10.0, "2048": 20.0, "4096": 40.0}
     # 4 layers, keys and values, 2 heads of 32; vLLM serves float32 checkpoints in 16 bits.
     assert report["kv_bytes_per_token"] == 4 * 2 * 2 * 32 * 2
     assert report["kv_bytes_per_sequence"] == 4096 * report["kv_bytes_per_token"]
@@ -50,7 +50,7 @@ def test_plan_prints_a_table_and_the_command() -> None:
     assert result.exit_code == 0
     shown = " ".join(result.stdout.replace("│", "").split())
     assert "trained length L 256 tokens" in shown
-    assert "group size G auto by position: 1 at 256, 2.5 at 512, 3 at 600 tokens" in shown
+    assert "group size G auto by position: 1 at 256, 4.5 at 512, 5.5 at 600 tokens" in shown
     assert "longest sequence none: the group size grows" in shown
     assert "--attention-backend CUSTOM --max-model-len 600" in shown
     assert "--additional-config" not in shown
@@ -75,7 +75,7 @@ def test_plan_within_the_trained_length() -> None:
         assert (report["supported"], report["group_sizes"]) == (True, {"256": 1.0})
     result = invoke("plan", MODEL_DIR, "--max-model-len", 257, "--neighbor-window", 255)
     assert result.exit_code == 1
-    assert "Set neighbor_window to at most 191, or group_size to a number" in " ".join(result.stderr.split())
+    assert "Set neighbor_window to at most 126, or group_size to a number" in " ".join(result.stderr.split())
 
 
 def write_config(folder: Path, **changes: object) -> Path:

@@ -89,7 +89,7 @@ def test_start_up_says_what_serves_and_why(configure: Callable[[], VllmConfig], 
     plugin.register()
     configure()
     assert said == [
-        "info: Self-Extend: trained length 256, neighbor window 64, group size by position, 5.5 at 1024 tokens. "
+        "info: Self-Extend: trained length 256, neighbor window 64, group size by position, 10 at 1024 tokens. "
         "Prompts within the trained length are answered as by the unmodified model.",
         f"info: Self-Extend's attention runs on the cpu kernels ({cpu.VARIANT}).",
     ]

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import GroupSizes, lag
 from vllm_selfextend.positions import (
+    auto_reach,
     capacity,
     group_sizes,
     largest_auto_window,
@@ -58,12 +59,12 @@ def automatic(position: int, trained_length: int, neighbor_window: int) -> int:
     """The rule in words: the least number of four significant bits, 9 or more, that keeps the query within."""
     if position < trained_length:
         return 8
-    reach = trained_length - neighbor_window - 1
+    reach = 2 * trained_length // 3 - neighbor_window - 1
     sizes = (mantissa << shift for shift in range(40) for mantissa in range(8, 16))
     return next(size for size in sizes if size >= 9 and size * reach >= 8 * (position - neighbor_window))
 
 
-@given(st.integers(3, 200), st.data())
+@given(st.integers(5, 200), st.data())
 def test_automatic_group_sizes(trained_length: int, data: st.DataObject) -> None:
     window = data.draw(st.integers(1, largest_auto_window(trained_length)))
     num_positions = 12 * trained_length
@@ -72,12 +73,12 @@ def test_automatic_group_sizes(trained_length: int, data: st.DataObject) -> None
     assert eighths == [automatic(i, trained_length, window) for i in range(num_positions)]
     assert (table.diff() >= 0).all()
     assert group_sizes(7, trained_length, window, "auto", trained_length, first=num_positions - 7).equal(table[-7:])
-    # No relative position of any key reaches L: the first key's is the largest of the grouped ones.
+    # No relative position of any key reaches T: the first key's is the largest of the grouped ones.
     keys = torch.arange(num_positions)
     for query in data.draw(st.lists(st.integers(trained_length, num_positions - 1), min_size=5, max_size=5)):
         p = eighths[query]
         grouped = 8 * query // p + window - 8 * window // p - 8 * keys[: query - window + 1] // p
-        assert int(grouped.max()) < trained_length
+        assert int(grouped.max()) < auto_reach(trained_length)
         assert int(grouped.min()) >= 0
         steps = lag(keys, p).diff()
         assert ((steps == 0) | (steps == 1)).all()
@@ -86,7 +87,7 @@ def test_automatic_group_sizes(trained_length: int, data: st.DataObject) -> None
     changes = torch.nn.functional.pad((table.diff() > 0).cumsum(0), (1, 0))
     most = int((changes[num_rows - 1 :] - changes[: num_positions - num_rows + 1]).max()) + 1
     assert most <= sizes.most_in(num_rows)
-    assert most <= 8 * (num_rows - 1) // (trained_length - window - 1) + 2
+    assert most <= 8 * (num_rows - 1) // (auto_reach(trained_length) - window - 1) + 3
 
 
 @given(st.integers(1, 500), st.integers(1, 40), st.integers(0, 300))
@@ -98,5 +99,6 @@ def test_a_number_is_one_group_size_past_the_exact_length(num_positions: int, gr
 def test_a_window_leaves_a_quarter() -> None:
     for length in range(3, 5000):
         most = largest_auto_window(length)
-        assert 4 * (length - most - 1) >= length
-        assert 4 * (length - (most + 1) - 1) < length
+        reach = auto_reach(length)
+        assert 4 * (reach - most - 1) >= reach
+        assert 4 * (reach - (most + 1) - 1) < reach

@@ -21,7 +21,7 @@ def search(length: int, reach: int) -> Search:
     return Search(length, reach, (plan.group_size, plan.neighbor_window))
 
 
-@given(st.integers(4, 9000), st.integers(2, 40), st.integers(0, 2**32))
+@given(st.integers(5, 9000), st.integers(2, 40), st.integers(0, 2**32))
 def test_only_what_reaches_is_tried_and_once(length: int, times: int, seed: int) -> None:
     tried: list[Numbers] = []
 

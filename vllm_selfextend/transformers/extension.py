@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..backends.limits import MAX_POSITIONS
 from ..plan import ExtensionPlan
-from ..positions import GroupSize, as_count, capacity, default_window, largest_auto_window
+from ..positions import GroupSize, as_count, auto_reach, capacity, default_window, largest_auto_window
 from ..rotary import rope_parameters, uses_alibi
 from . import attention as _attention  # noqa: F401  # registers it
 from .call import begin_call, end_call, is_called_elsewhere
@@ -41,7 +41,7 @@ def apply(
     group_size: GroupSize = "auto",
     window_size: int | Literal["auto"] = "auto",
     enable_flash_attention: bool = False,
-    scale_base: int = -1,
+    scale_base: int | Literal["auto"] = "auto",
     flash_attention_impl: str = "flash_attn",
     *,
     trained_length: int | None = None,
@@ -60,7 +60,8 @@ def apply(
             1,024.
         enable_flash_attention: Let the package flash-attn attend, in float16 or bfloat16 on a GPU; the answers are the
             same but for rounding.
-        scale_base: Multiply queries by `max(1, ln(position + 1) / ln(scale_base))`; -1 does not.
+        scale_base: Multiply queries by `max(1, ln(position + 1) / ln(scale_base))`; -1 does not. "auto" is the trained
+            length where `group_size` is "auto", and -1, the authors' default, with a number.
         flash_attention_impl: Must be "flash_attn"; read with `enable_flash_attention` only.
         trained_length: `L`, tokens; None is the length that the model's config names.
         exact_short: Queries at positions below `L` get the unmodified model's attention. None: they do where
@@ -84,9 +85,8 @@ def apply(
     if flash_attention and (reason := flash_attention.unusable(some_embeddings(model))):
         raise ValueError(reason)
     text = _text_model(model)
-    log_scale_len = _log_scale_len(scale_base)
     kernel = flash_attention_impl if flash_attention else "reference"
-    plan = _plan(text.config, group_size, window_size, trained_length, exact_short, log_scale_len, kernel)
+    plan = _plan(text.config, group_size, window_size, trained_length, exact_short, scale_base, kernel)
     remove(model)
     before = text.config._attn_implementation
     try:
@@ -199,7 +199,7 @@ def _plan(
     window_size: int | Literal["auto"],
     trained_length: int | None,
     exact_short: bool | None,
-    log_scale_len: int,
+    scale_base: Any,
     kernel: str,
 ) -> ExtensionPlan:
     if exact_short is None:
@@ -224,9 +224,13 @@ def _plan(
         )
     if group_size == "auto" and window > (most := largest_auto_window(length)):
         raise ValueError(
-            f"window_size is {window}, and an automatic group_size leaves a quarter of the trained length {length} to "
-            f"the keys before it. Set window_size to at most {most}, or pass a number for group_size."
+            f"window_size is {window}, and an automatic group_size uses {auto_reach(length)} positions, of which the "
+            "keys before the window need a quarter. Pass "
+            f"{f'a window_size of at most {most}, or ' if most else ''}a number for group_size."
         )
+    if isinstance(scale_base, str) and scale_base == "auto":
+        scale_base = length if group_size == "auto" else -1
+    log_scale_len = 0 if scale_base == -1 else _log_scale_len(scale_base)
     return ExtensionPlan(
         max_model_len=MAX_POSITIONS if group_size == "auto" else capacity(length, group_size, window),
         derived_length=length,
@@ -246,12 +250,11 @@ def _count(name: str, value: Any, others: str = "") -> int:
 
 
 def _log_scale_len(scale_base: Any) -> int:
-    """`AttentionParams.log_scale_len`."""
-    if scale_base == -1:
-        return 0
+    """`AttentionParams.log_scale_len`, where queries are scaled."""
     if (count := as_count(scale_base, least=2)) is None:
         raise ValueError(
-            f"scale_base is {scale_base!r}; it must be an integer from 2 to {MAX_POSITIONS}, or -1 for no scaling."
+            f"scale_base is {scale_base!r}; it must be an integer from 2 to {MAX_POSITIONS}, -1 for no "
+            'scaling, or "auto".'
         )
     return count
 
