@@ -79,7 +79,9 @@ def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: Group
     if vllm_config.kv_transfer_config is not None:
         raise RuntimeError("The numbers of an engine whose keys leave it through a KV connector cannot be changed.")
     config = SelfExtendConfig(group_size, neighbor_window, plan.trained_length, plan.exact_short, plan.log_scale)
-    changed = dataclasses.replace(config.plan(plan.trained_length, plan.max_model_len), kernel=plan.kernel)
+    changed = dataclasses.replace(
+        config.plan(plan.trained_length, plan.max_model_len), kernel=plan.kernel, draft_length=plan.draft_length
+    )
     write_plan(vllm_config, changed)
     bind_models(model_runner, vllm_config)
 
@@ -99,6 +101,8 @@ def bind_model(
     proposers run theirs, which may have modules that vLLM does not use.
     """
     name, plan = model_config.model, read_plan(vllm_config)
+    if is_draft and plan.draft_length:
+        plan = plan.of_draft_model()
     layers = dict(_attention_layers(model))
     ends_early = model_config.max_model_len < plan.max_model_len and not vllm_config.use_v2_model_runner
     if is_draft and not layers and ends_early:
@@ -128,7 +132,7 @@ def bind_model(
                 if (rotation := _rotation_nearby(model, path, known)) is None:
                     raise
                 untold.append(path)
-        if rotation is None or isinstance(layer, ChunkedLocalAttention):
+        if rotation is None or isinstance(layer, ChunkedLocalAttention) or not plan.groups:
             layer.impl.bind(plan)
             continue
         key = rotation.frequencies.numpy().tobytes()

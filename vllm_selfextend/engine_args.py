@@ -37,9 +37,10 @@ logger = init_logger("vllm.self_extend")
 
 @dataclass
 class LengthCheck:
-    """What vLLM's check found while it was widened: the length it derives for the checkpoint, tokens."""
+    """What vLLM's check found while it was widened: the lengths it derives for the checkpoint and its draft, tokens."""
 
     derived_length: int = 0
+    draft_length: int = 0
 
 
 _widened: ContextVar[LengthCheck | None] = ContextVar("self_extend_length_check", default=None)
@@ -69,8 +70,7 @@ def widen_max_len_check(original: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(original)
     def get_and_verify_max_len(*, max_model_len: int | None, **kwargs: Any) -> int:
         check = _widened.get()
-        is_draft_model = kwargs.get("spec_target_max_model_len") is not None
-        if check is None or is_draft_model:
+        if check is None:
             return original(max_model_len=max_model_len, **kwargs)
         derived = original(max_model_len=None, **kwargs)
         # For longrope vLLM's default is the shorter, original length; the checkpoint reads up to the longer one.
@@ -79,6 +79,9 @@ def widen_max_len_check(original: Callable[..., int]) -> Callable[..., int]:
             longest = min(longest, kwargs["sliding_window"])
         if math.isfinite(longest):
             derived = max(derived, int(longest))
+        if kwargs.get("spec_target_max_model_len") is not None:
+            check.draft_length = derived
+            return original(max_model_len=max_model_len, **kwargs)
         check.derived_length = derived
         if max_model_len is None or max_model_len <= derived:
             return original(max_model_len=max_model_len, **kwargs)
@@ -132,7 +135,10 @@ def configure_self_extend(replaced: str | None, original: Callable[..., VllmConf
         leaves_length_open = self.max_model_len in (None, -1)
         with widened_length_check() as check:
             vllm_config = original(self, *args, **kwargs)
-        plan = apply_plan(vllm_config, config.plan(check.derived_length, vllm_config.model_config.max_model_len))
+        plan = config.plan(check.derived_length, vllm_config.model_config.max_model_len)
+        if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
+            plan = dataclasses.replace(plan, draft_length=check.draft_length)
+        plan = apply_plan(vllm_config, plan)
         if leaves_length_open:
             logger.warning(
                 "Self-Extend has nothing to extend: without --max-model-len the model is served at its own length, %d "
@@ -252,9 +258,12 @@ def _extend_draft(vllm_config: VllmConfig, plan: ExtensionPlan, device: torch.de
                 f"the speculative config asks for the attention backend {backend.name}. Leave attention_backend out."
             )
         else:
-            reason = unsupported_reason(plan, draft, device, must_extend=False)
+            of_draft = plan.of_draft_model() if plan.draft_length else plan
+            reason = unsupported_reason(of_draft, draft, device, must_extend=False)
         if reason is None:
             speculative_config.attention_backend = AttentionBackendEnum.CUSTOM
+            if of_draft is not plan:
+                logger.info("The draft model is extended from its own trained length, %d.", of_draft.trained_length)
         elif backend is AttentionBackendEnum.CUSTOM:
             raise ValueError(
                 f"Self-Extend cannot serve the draft model {draft.model}: {reason} Or choose another attention_backend "

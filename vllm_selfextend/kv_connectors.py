@@ -9,6 +9,7 @@ whose model name says all of it, and finds nothing of other numbers or another l
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.config import KVTransferConfig, VllmConfig
@@ -37,16 +38,30 @@ GOES_BY_TOKENS = "ExampleConnector"
 """It keeps files by their tokens alone, in a folder of the user's: a folder in it keeps the layouts apart."""
 
 
+HOLDS_OTHERS = "MultiConnector"
+"""It builds other connectors from its config, each with a copy of vLLM's that is the same but for its own settings."""
+
+
 def check_connector(kv_transfer_config: KVTransferConfig, plan: ExtensionPlan) -> None:
     """Say which connectors cannot be told what the keys are."""
-    connector = kv_transfer_config.kv_connector
-    if connector not in (*GOES_BY_MODEL_NAME, GOES_BY_TOKENS):
-        logger.warning(
-            "Self-Extend cannot tell whether %s keeps keys of other layouts apart. Whatever shares keys with this "
-            "server must have the layout %s too; nothing else, nor stock vLLM, may use the same store or be its peer.",
-            connector,
-            cache_layout(plan),
-        )
+    for connector in _connectors(kv_transfer_config.kv_connector, kv_transfer_config.kv_connector_extra_config):
+        if connector not in (*GOES_BY_MODEL_NAME, GOES_BY_TOKENS):
+            logger.warning(
+                "Self-Extend cannot tell whether %s keeps keys of other layouts apart. Whatever shares keys with this "
+                "server must have the layout %s too; nothing else, nor stock vLLM, may use the same store or be its "
+                "peer.",
+                connector,
+                cache_layout(plan),
+            )
+
+
+def _connectors(connector: str | None, extra: dict[str, Any]) -> Iterator[str | None]:
+    """The connector of that name, or those that it holds."""
+    if connector != HOLDS_OTHERS:
+        yield connector
+        return
+    for child in extra.get("connectors") or ():
+        yield from _connectors(child.get("kv_connector"), child.get("kv_connector_extra_config") or {})
 
 
 def cache_layout(plan: ExtensionPlan) -> str:
@@ -76,9 +91,22 @@ def with_layout(vllm_config: VllmConfig) -> VllmConfig:
     told.model_config = copy.copy(vllm_config.model_config)
     # Mooncake takes what is behind the last slash.
     told.model_config.model = f"{vllm_config.model_config.model.rstrip('/')}+{layout}"
-    told.kv_transfer_config = copy.copy(vllm_config.kv_transfer_config)
-    if told.kv_transfer_config is not None and told.kv_transfer_config.kv_connector == GOES_BY_TOKENS:
-        folder = told.kv_transfer_config.get_from_extra_config("shared_storage_path", "/tmp")
-        extra = told.kv_transfer_config.kv_connector_extra_config
-        told.kv_transfer_config.kv_connector_extra_config = extra | {"shared_storage_path": f"{folder}/{layout}"}
+    if vllm_config.kv_transfer_config is not None:
+        told.kv_transfer_config = copy.copy(vllm_config.kv_transfer_config)
+        told.kv_transfer_config.kv_connector_extra_config = _in_its_folder(
+            told.kv_transfer_config.kv_connector, told.kv_transfer_config.kv_connector_extra_config, layout
+        )
     return told
+
+
+def _in_its_folder(connector: str | None, extra: dict[str, Any], layout: str) -> dict[str, Any]:
+    """A connector's settings, with a folder for the layout where it goes by tokens."""
+    if connector == GOES_BY_TOKENS:
+        return extra | {"shared_storage_path": f"{extra.get('shared_storage_path', '/tmp')}/{layout}"}
+    if connector != HOLDS_OTHERS:
+        return extra
+    told = []
+    for child in extra.get("connectors") or ():
+        settings = _in_its_folder(child.get("kv_connector"), child.get("kv_connector_extra_config") or {}, layout)
+        told.append(child | {"kv_connector_extra_config": settings})
+    return extra | {"connectors": told}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .backends.limits import EIGHTHS
-from .positions import GroupSize, capacity, group_sizes
+from .positions import GroupSize, capacity, default_window, group_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,8 @@ class ExtensionPlan:
         exact_short: Whether queries within the trained length get the unmodified model's attention; always with "auto".
         log_scale_len: Queries past it are scaled up by the logarithm of their position, tokens; 0 is off.
         kernel: The kernel set; in a plan that was written no longer `"auto"`.
+        draft_length: `L` of the draft model, tokens; 0 where there is none. (A head reads what its target made of the
+            text, and has its target's numbers.)
 
     """
 
@@ -39,6 +41,22 @@ class ExtensionPlan:
     exact_short: bool
     log_scale_len: int
     kernel: str
+    draft_length: int = 0
+
+    def of_draft_model(self) -> "ExtensionPlan":
+        """The plan of a draft model, which was trained on another length than its target.
+
+        Its group size is automatic whatever the target's is: a number that reaches for one may not for the other.
+        """
+        return dataclasses.replace(
+            self,
+            derived_length=self.draft_length,
+            trained_length=self.draft_length,
+            group_size="auto",
+            neighbor_window=default_window(self.draft_length),
+            exact_short=True,
+            log_scale_len=self.draft_length if self.log_scale and self.draft_length > 1 else 0,
+        )
 
     @property
     def groups(self) -> bool:

@@ -1,6 +1,9 @@
 """What the layers of a loaded model are given."""
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,17 +12,27 @@ from vllm import SamplingParams
 from vllm.model_executor.layers.attention import Attention
 
 from vllm_selfextend import binding
+from vllm_selfextend.positions import group_sizes
 
 
 def test_rotations_are_on_the_runners_device_and_a_draft_is_unwrapped(
-    checkpoint: Callable, start_engine: Callable, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable, start_engine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights may be offloaded to the CPU, and CUDA graphs wrap a draft model; the runner knows better."""
+    """Weights may be offloaded to the CPU, and CUDA graphs wrap a draft model; the runner knows better.
+
+    Each of the two was trained on a length of its own.
+    """
+    shutil.copytree(checkpoint("llama-mqa"), tmp_path / "draft")
+    config = tmp_path / "draft" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 40}))
+    speculation = {"method": "draft_model", "model": str(tmp_path / "draft"), "num_speculative_tokens": 2}
+    numbers = {"self_extend": {"group_size": 6, "neighbor_window": 16}}
     llm = start_engine(
         checkpoint("llama"),
         attention_backend="CUSTOM",
         max_model_len=256,
-        speculative_config={"method": "draft_model", "model": checkpoint("llama-mqa"), "num_speculative_tokens": 2},
+        speculative_config=speculation,
+        additional_config=numbers,
     )
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     target, draft = runner.get_model(), runner.get_draft_model()
@@ -34,10 +47,14 @@ def test_rotations_are_on_the_runners_device_and_a_draft_is_unwrapped(
     probe = binding._probe
     monkeypatch.setattr(binding, "_probe", lambda *args: probe(*args[:-2], runner, args[-1]))
     binding.bind_models(elsewhere, llm.llm_engine.vllm_config)
-    for model in (target, draft):
+    for model, sizes in ((target, (64, 16, 6)), (draft, (40, 10, "auto"))):
         layers = [module for module in model.modules() if hasattr(module, "get_attn_backend")]
         assert layers
         assert all(layer.impl.rotation.cos_sin.is_meta for layer in layers)
+        table = group_sizes(256, *sizes, exact_len=sizes[0])
+        for layer in layers:
+            assert (layer.impl.group_sizes.largest, layer.impl.plan.log_scale_len) == (table[-1], sizes[0])
+            assert layer.impl.plan.group_sizes(256).equal(table)
 
 
 def test_dummy_weights_in_float16(checkpoint: Callable, start_engine: Callable) -> None:

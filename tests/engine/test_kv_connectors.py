@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import LLM
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import compute_nixl_compatibility_hash
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.engine.arg_utils import EngineArgs
@@ -88,9 +89,11 @@ def test_files_are_read_by_the_same_layout_only(
     assert run("auto") > 0, "a server of another length did not find it"
 
 
-def configure(checkpoint: Callable, connector: str, **settings: Any) -> Any:
-    args = EngineArgs(checkpoint("llama"), dtype="float32", kv_transfer_config=through(connector), **settings)
-    return args.create_engine_config()
+def configure(checkpoint: Callable, connector: str | dict[str, Any], **settings: Any) -> Any:
+    config = through(connector) if isinstance(connector, str) else connector
+    return EngineArgs(
+        checkpoint("llama"), dtype="float32", kv_transfer_config=config, **settings
+    ).create_engine_config()
 
 
 def test_what_connectors_go_by(checkpoint: Callable, tmp_path: Path) -> None:
@@ -118,7 +121,7 @@ def test_servers_of_other_lengths_share(checkpoint: Callable) -> None:
         settings = {**extended(6), "max_model_len": max_model_len, "additional_config": {"self_extend": numbers}}
         return cache_layout(read_plan(configure(checkpoint, "OffloadingConnector", **settings)))
 
-    assert name(128) == name(256) == name(1024) == "self_extend-gauto4-w16-l64-exact64-log64-cpu-2"
+    assert name(128) == name(256) == name(1024) == "self_extend-gauto42s4-w16-l64-exact64-log64-cpu-2"
     assert name(128, group_size=8) == name(256, group_size=8) != name(256)
 
 
@@ -130,6 +133,30 @@ def test_a_connector_that_cannot_be_told_is_named(checkpoint: Callable, monkeypa
     configure(checkpoint, "MooncakeConnector", **extended(6))
     assert "MooncakeConnector" in said[0]
     assert "self_extend-g6-w16-l64-exact64-log64-cpu-2" in said[0]
+
+
+def test_connectors_in_a_connector(checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MultiConnector builds them from its config, each with a config of its own, and not as vLLM builds the first."""
+    said: list[str] = []
+    monkeypatch.setattr(kv_connectors.logger, "warning", lambda text, *args: said.append(text % args))
+    inner = through("MultiConnector", connectors=[through("ExampleConnector", shared_storage_path=str(tmp_path))])
+    several = through(
+        "MultiConnector", connectors=[through("OffloadingConnector"), through("MooncakeConnector"), inner]
+    )
+    config = configure(checkpoint, several, **extended(6))
+    layout = cache_layout(read_plan(config))
+    assert [line.split(" keeps keys")[0].split()[-1] for line in said] == ["MooncakeConnector"]
+    told = with_layout(config)
+    children = MultiConnector._get_connector_classes_and_configs(told)
+    assert [child.model_config.model.endswith(layout) for _, child in children] == [True] * 3
+    ((_, files),) = MultiConnector._get_connector_classes_and_configs(children[-1][1])
+    assert files.model_config.model.endswith(layout)
+    assert files.kv_transfer_config.get_from_extra_config("shared_storage_path", "") == f"{tmp_path}/{layout}"
+    # The user's config is as it was.
+    assert config.kv_transfer_config.kv_connector_extra_config == several["kv_connector_extra_config"]
+    assert inner["kv_connector_extra_config"]["connectors"][0]["kv_connector_extra_config"] == {
+        "shared_storage_path": str(tmp_path)
+    }
 
 
 def test_every_number_that_changes_keys_is_in_the_name(checkpoint: Callable) -> None:
