@@ -17,6 +17,9 @@ from .limits import EIGHTHS
 MAX_ELEMENTS = 1 << 20
 """How many scores, or gathered cache values, are held at once (a single query's are always)."""
 
+TURNED_ELEMENTS = 1 << 19
+"""How many elements of turned keys are held at once: 2 MB in float32, which a processor keeps near."""
+
 IS_CAPTURABLE = False
 CACHE_LAYOUT = "reference-2"
 VARIANT = "PyTorch"
@@ -289,10 +292,14 @@ def _self_extend_scores(
     far_query = rotate(query, query_steps[..., None], rotation)
     far_pos = key_pos[:, :stop]
     is_far = grouped[:, :, None] & (query_pos[:, :, None] - far_pos[:, None] >= window)
+    # Turned keys are read at once, out of the processor's own memory.
+    width = stop if torch.compiler.is_compiling() else max(64, TURNED_ELEMENTS // key[:, :, 0].numel())
     for one in _each_of(eighths, sizes.most_in(query.shape[1])):
-        far = _scores(far_query, rotate(key[:, :, :stop], -lag(far_pos, one)[:, None], rotation))
         takes = is_far & (eighths == one)[:, :, None]
-        scores[..., :stop] = torch.where(takes[:, None], far, scores[..., :stop])
+        for begin in range(0, stop, width):
+            keys = slice(begin, min(begin + width, stop))
+            far = _scores(far_query, rotate(key[:, :, keys], -lag(far_pos[:, keys], one)[:, None], rotation))
+            scores[..., keys] = torch.where(takes[:, None, :, keys], far, scores[..., keys])
     return scores
 
 
