@@ -4,7 +4,7 @@
 
 The default model was trained on 256 tokens and is asked for a key in texts of 2,000. For another model:
 
-    python examples/transformers_passkey.py --model MODEL --tokens 12000 --group-size 4 --window-size 1024
+    python examples/transformers_passkey.py --model MODEL --tokens 12000
 """
 
 import argparse
@@ -24,8 +24,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL_DIR), help="a checkpoint's folder or name")
     parser.add_argument("--tokens", type=int, default=2000, help="of a prompt")
-    parser.add_argument("--group-size", type=int, default=16)
-    parser.add_argument("--window-size", type=int, default=64)
     parser.add_argument("--prompts", type=int, default=4, help="with the key from the beginning to the end")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16")
     args = parser.parse_args()
@@ -46,7 +44,7 @@ def main() -> None:
         prompts.append((f"{text} {begins}", key, depth))
 
     before = ask(model, tokenizer, prompts)
-    print(SelfExtend.apply(model, args.group_size, args.window_size, enable_flash_attention=False))
+    print(SelfExtend.apply(model))
     after = ask(model, tokenizer, prompts)
 
     for (text, key, depth), *answers in zip(prompts, before, after, strict=True):

@@ -48,9 +48,12 @@ def default_window(trained_length: int) -> int:
 
 
 def largest_auto_window(trained_length: int) -> int:
-    """The largest neighbor window with which group sizes may be automatic: it leaves a quarter of `T` to far keys."""
+    """The largest neighbor window with which group sizes may be automatic: it leaves a quarter of `T` to far keys.
+
+    0 where the trained length is so small that there is none.
+    """
     reach = auto_reach(trained_length)
-    return reach - 1 - -(-reach // 4)
+    return max(0, reach - 1 - -(-reach // 4))
 
 
 def group_sizes(

@@ -67,9 +67,10 @@ def unsupported_rope_type(rope_type: str) -> str:
     known = ", ".join(SUPPORTED_ROPE_TYPES)
     if rope_type in ("dynamic", "ntk-dynamic"):
         return (
-            f"its RoPE is {rope_type!r} (dynamic NTK): the frequencies move with the length, so a cached key cannot be "
-            f"rotated back. Supported are {known}. Without its own extension it can be served: --hf-overrides "
-            '\'{"rope_parameters": {"rope_type": "default", "rope_theta": ...}}\', with its own rope_theta.'
+            f"its RoPE is {rope_type!r} (dynamic NTK): the frequencies move with the length, so how far a cached key "
+            f"is to be turned is not known. Supported are {known}. Without its own extension it can be served: "
+            '--hf-overrides \'{"rope_parameters": {"rope_type": "default", "rope_theta": ...}}\', '
+            "with its own rope_theta."
         )
     return f"its RoPE type {rope_type!r} is not supported. Supported are {known}."
 

@@ -113,7 +113,7 @@ def transformers_frequencies(module: nn.Module, hf_text_config: Any) -> list[Fre
 def _mismatch(module: nn.Module, hf_text_config: Any) -> str:
     return (
         f"this {type(module).__name__} does not rotate as the RoPE parameters in the model's config say "
-        f"({list(rope_parameters(hf_text_config))}), and a key rotated back wrongly would give wrong answers."
+        f"({list(rope_parameters(hf_text_config))}), and keys turned otherwise would give wrong answers."
     )
 
 

@@ -94,7 +94,7 @@ def rotation_of(
             return found[0]
     raise ValueError(
         "its queries and keys are not what the model's RoPE makes of them. Something changes them once they are "
-        "rotated (a norm with weights, for instance), and a key rotated back would give wrong answers."
+        "rotated (a norm with weights, for instance), and keys turned all the same would give wrong answers."
     )
 
 

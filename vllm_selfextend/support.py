@@ -117,7 +117,7 @@ def _model_reason(model_config: ModelConfig) -> str | None:
     if model_config.is_attention_free:
         return "it has no attention layers."
     if model_config.use_mla:
-        return "it uses multi-head latent attention (MLA), whose cache holds compressed keys that cannot be re-rotated."
+        return "it uses multi-head latent attention (MLA), whose cache holds compressed keys that cannot be turned."
     if getattr(model_config, "uses_xdrope_dim", 0):
         return "its RoPE has several position axes (XD-RoPE), and Self-Extend groups one."
     if model_config.uses_mrope and model_config.supports_multimodal_inputs:

@@ -11,7 +11,7 @@ from vllm import LLM
 
 from .draft_heads import save_model_and_heads
 from .models import random_prompts
-from .test_same_tokens import SETTINGS, answers, counter
+from .test_same_tokens import SETTINGS, Answers, answers, check, counter
 
 # Without its first token a shorter text is another.
 SHORT, LONG = (30, 40, 48), (65, 128, 200, 700, 1000)
@@ -28,14 +28,14 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def alone(paths: dict[str, str], start_engine: Callable[..., LLM]) -> dict[tuple[int, ...], list[list[int]]]:
+def alone(paths: dict[str, str], start_engine: Callable[..., LLM]) -> dict[tuple[int, ...], Answers]:
     llm = start_engine(paths["model"], **SETTINGS)
     return {lengths: answers(llm, texts(lengths)) for lengths in (SHORT, LONG)}
 
 
-def accepted_share(llm: LLM, lengths: tuple[int, ...], expected: list[list[int]]) -> float:
+def accepted_share(llm: LLM, lengths: tuple[int, ...], expected: Answers) -> float:
     before = [counter(llm, f"vllm:spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted")]
-    assert answers(llm, texts(lengths)) == expected
+    check(answers(llm, texts(lengths)), expected)
     after = [counter(llm, f"vllm:spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted")]
     drafted, accepted = (new - old for new, old in zip(after, before, strict=True))
     return accepted / drafted
@@ -50,7 +50,7 @@ def test_heads_guess_as_well_past_the_trained_length(
     drafts: dict[str, Any],
     settings: dict[str, Any],
     paths: dict[str, str],
-    alone: dict[tuple[int, ...], list[list[int]]],
+    alone: dict[tuple[int, ...], Answers],
     start_engine: Callable[..., LLM],
 ) -> None:
     head = {} if method == "mtp" else {"model": paths[method]}  # which the model's checkpoint has

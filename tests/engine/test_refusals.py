@@ -345,8 +345,10 @@ def test_settings(tmp_path: Path) -> None:
     numbers = {"group_size": 4, "neighbor_window": 16}
     with pytest.raises(ValueError, match=r"max_model_len is 512.*reaches 208 tokens. Set group_size to 11 or more"):
         configure(tmp_path, LLAMA, additional_config={"self_extend": numbers})
-    with pytest.raises(ValueError, match=r"an automatic group_size needs a quarter.*Set neighbor_window to at most 47"):
-        configure(tmp_path, LLAMA, additional_config={"self_extend": {"neighbor_window": 48}})
+    with pytest.raises(
+        ValueError, match=r"an automatic group_size uses 42 positions.*Set neighbor_window to at most 30"
+    ):
+        configure(tmp_path, LLAMA, additional_config={"self_extend": {"neighbor_window": 31}})
     plan = read_plan(
         configure(tmp_path, LLAMA, max_model_len=64, additional_config={"self_extend": {"neighbor_window": 63}})
     )

@@ -107,7 +107,7 @@ def test_two_engines_behind_one_server(server: Server) -> None:
     assert set(answered) == {"0", "1"}
     assert sum(answered.values()) == len(prompts)
     assert min(answered.values()) > 0
-    assert server.log.read_text().count("group size by position, 22 at 4096 tokens") == 1
+    assert server.log.read_text().count("group size by position, 40 at 4096 tokens") == 1
 
 
 def test_a_tool_is_called(server: Server) -> None:

@@ -15,7 +15,7 @@ from vllm_selfextend.backends.interface import (
     Rotation,
     num_rotation_steps,
 )
-from vllm_selfextend.positions import GroupSize, group_sizes
+from vllm_selfextend.positions import GroupSize, group_sizes, largest_auto_window
 from vllm_selfextend.rotary import cos_sin
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
@@ -71,6 +71,7 @@ class Case:
     def group_sizes(self) -> torch.Tensor:
         """In eighths, of every position of the longest request."""
         longest = max(seq_len for _, seq_len in self.requests)
+        assert self.group_size != "auto" or self.neighbor_window <= largest_auto_window(self.exact_len)
         return group_sizes(longest, self.exact_len, self.neighbor_window, self.group_size, self.exact_len)
 
     def params(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AttentionParams:

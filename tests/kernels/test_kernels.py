@@ -115,7 +115,7 @@ def fixed_sizes() -> st.SearchStrategy[dict[str, Any]]:
 
 @st.composite
 def automatic_sizes(draw: st.DrawFn) -> dict[str, Any]:
-    trained_length = draw(st.integers(3, 60))
+    trained_length = draw(st.integers(5, 60))
     window = draw(st.integers(1, largest_auto_window(trained_length)))
     return {"group_size": "auto", "neighbor_window": window, "exact_len": trained_length}
 

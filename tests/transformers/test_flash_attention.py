@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, StaticCache
 
 import vllm_selfextend.transformers as SelfExtend
 from tests.engine.models import random_prompts
-from tests.kernels.flash_stand_in import varlen_func
 from vllm_selfextend.backends import reference
 from vllm_selfextend.backends.interface import AttentionParams, GroupSizes, Rotation, num_rotation_steps
 from vllm_selfextend.rotary import cos_sin
@@ -23,6 +22,7 @@ from vllm_selfextend.transformers.flash_attention import FlashAttention
 from vllm_selfextend.transformers.step import Step
 
 from .families import FAMILIES, random_model
+from .flash_stand_in import varlen_func
 from .prompts import greedy, padded
 
 NUMBERS = {"divides": (4, 16, False), "odd": (5, 18, True), "auto": ("auto", 16, True)}

@@ -81,8 +81,8 @@ def test_what_apply_takes_without_numbers(model: PreTrainedModel) -> None:
     assert (plan.group_size, plan.neighbor_window, plan.trained_length, plan.exact_short) == ("auto", 16, 64, True)
     assert plan.capacity is None
     assert SelfExtend.apply(model, trained_length=40_000).neighbor_window == 1024
-    assert SelfExtend.apply(model, trained_length=3).neighbor_window == 1
-    assert SelfExtend.apply(model, "auto", 47).neighbor_window == 47
+    assert SelfExtend.apply(model, trained_length=5).neighbor_window == 1
+    assert SelfExtend.apply(model, "auto", 30).neighbor_window == 30
     plan = SelfExtend.apply(model, 4)
     assert (plan.group_size, plan.neighbor_window, plan.exact_short, plan.capacity) == (4, 16, False, 208)
 
