@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 HOME = "https://github.com/vllm-selfextend/vllm-selfextend"
 VLLM = ">=0.32,<0.34"
 # Only the command needs them, serving does not. vLLM and transformers bring both, so with either the command is there.

@@ -45,7 +45,7 @@ def num_rotation_steps(num_positions: int, largest: int, neighbor_window: int) -
     """How many rows of `Rotation.cos_sin` turning by group sizes of `largest` eighths or less needs.
 
     Positions are below `num_positions`. Queries and keys are turned by `d(x)` at most, queries by `d(W)` too; the CPU
-    kernels turn 16 keys after another by up to `d(16)`.
+    kernels turn 16 keys after another by up to `d(16)`, Triton's tiles lie below `num_positions`.
     """
     return lag(max(num_positions, neighbor_window, 16), largest) + 1
 
@@ -73,13 +73,13 @@ class GroupSizes:
     Attributes:
         eighths: `[num_positions]`, int32, contiguous, on the queries' device: `8 G`, at least 8, never falling.
         largest: The last of them.
-        shortest_run: At least so many positions in a row have the same one, but for the first run and the last.
+        least_rows: At `n - 1`: the least number of positions in a row that have `n` group sizes above 1.
 
     """
 
     eighths: torch.Tensor
     largest: int
-    shortest_run: int
+    least_rows: tuple[int, ...]
 
     @staticmethod
     def of(eighths: torch.Tensor, device: torch.device | str = "cpu") -> "GroupSizes":
@@ -93,13 +93,25 @@ class GroupSizes:
             raise ValueError(
                 f"a table of group sizes must hold {EIGHTHS} or more eighths for each position, and not fall."
             )
-        changes = eighths.diff().nonzero()[:, 0]
-        shortest_run = int(changes.diff().min()) if len(changes) > 1 else len(eighths)
-        return GroupSizes(eighths.to(device, torch.int32), int(eighths[-1]), shortest_run)
+        changes = [0, *(eighths.diff().nonzero()[:, 0] + 1).tolist()]
+        begins = [begin for begin in changes if eighths[begin] > EIGHTHS]
+        # From the last position of the first of `n` sizes to the first position of the last one.
+        least_rows = [
+            min((end - begin + 2 for begin, end in zip(begins[1:], begins[n - 1 :])), default=1)  # noqa: B905
+            if n > 1
+            else 1
+            for n in range(1, len(begins) + 1)
+        ]
+        return GroupSizes(eighths.to(device, torch.int32), int(eighths[-1]), tuple(least_rows))
 
     def most_in(self, num_rows: int) -> int:
-        """How many group sizes so many queries of a request, one after another, can have."""
-        return (max(num_rows, 1) - 2) // self.shortest_run + 2
+        """How many group sizes above 1 so many queries of a request, one after another, can have."""
+        most = 0
+        for rows in self.least_rows:
+            if rows > num_rows:
+                break
+            most += 1
+        return most
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def store_kv(
     block, offset = slots // block_size, slots % block_size
     if kv_cache.element_size() == 1:
         kv_cache = kv_cache.view(torch.uint8)
-        key, value = _to_fp8(key / _scale(params.k_scale)), _to_fp8(value / _scale(params.v_scale))
+        key, value = _to_fp8(key, params.k_scale), _to_fp8(value, params.v_scale)
     kv_cache[block, :, offset, :head_size] = key[stored].to(kv_cache.dtype)
     kv_cache[block, :, offset, head_size:] = value[stored].to(kv_cache.dtype)
 
@@ -83,6 +83,8 @@ def attention(
     seq_lens = batch.seq_lens.tolist()
     decodes = []
     for request, (begin, end) in enumerate(itertools.pairwise(batch.query_start_loc.tolist())):
+        if end == begin:  # padding
+            continue
         if end - begin == 1:
             decodes.append(request)
             continue
@@ -347,9 +349,9 @@ def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Te
     return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
 
 
-def _to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """The bytes of `x` in float8_e4m3fn; what is too large becomes the largest."""
-    return x.float().clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+def _to_fp8(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """The bytes of `x / scale` in float8_e4m3fn, rounded once; what is too large becomes the largest."""
+    return (x.float() / _scale(scale)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:

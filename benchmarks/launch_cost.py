@@ -109,7 +109,7 @@ def main(
     triton.runtime.driver.set_active(NoDevice(TARGETS["sm_90"].target))
     setattr(launches, "find_device", lambda device: TARGETS["sm_90"])  # noqa: B010
     layers = {
-        "group sizes": Layer(group_sizes=GroupSizes(empty(MAX_SEQ_LEN), largest=64, shortest_run=1024)),
+        "group sizes": Layer(group_sizes=GroupSizes(empty(MAX_SEQ_LEN), largest=64, least_rows=(1,))),
         "sliding window": Layer(sliding_window=4096),
     }
     for layer in layers.values():

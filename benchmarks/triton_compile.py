@@ -86,7 +86,7 @@ class Specialisation:
         )
         params = AttentionParams(
             scale=self.head_size**-0.5,
-            group_sizes=GroupSizes(empty(65536), 64, 1024) if self.is_grouped else None,
+            group_sizes=GroupSizes(empty(65536), 64, (1,)) if self.is_grouped else None,
             neighbor_window=1024,
             rotation=Rotation(empty(65536, self.head_size, dtype=torch.float32), self.is_interleaved),
         )

@@ -43,7 +43,6 @@ def main() -> None:
         "attention_backend": "CUSTOM",
         "max_model_len": args.max_model_len,
         "tensor_parallel_size": args.tensor_parallel,
-        "additional_config": {"self_extend": {"group_size": "auto", "neighbor_window": "auto"}},
     }
     where: dict[str, Any] = {}
     if args.cpu:

@@ -167,10 +167,9 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.is_bound = False
         self.params: AttentionParams | None = None
 
-    @property
-    def extends(self) -> bool:
-        """Whether this layer groups positions if it has a rotation."""
-        return self.plan.groups and self.sliding_window is None
+    def may_group(self, plan: ExtensionPlan) -> bool:
+        """Whether this layer groups positions by `plan` if it has a rotation."""
+        return plan.groups and self.sliding_window is None
 
     def bind(
         self, plan: ExtensionPlan, rotation: Rotation | None = None, group_sizes: GroupSizes | None = None
@@ -195,7 +194,7 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         return self.params
 
     def _make_params(self, layer: AttentionLayer) -> AttentionParams:
-        if self.extends and not self.is_bound:
+        if self.may_group(self.plan) and not self.is_bound:
             raise RuntimeError(f"{layer} was not bound to its rotation after the model was loaded.")
         is_quantized = self.kv_cache_dtype.startswith("fp8")
         return AttentionParams(

@@ -20,7 +20,7 @@ from .attention import SelfExtendImpl
 from .backends.interface import GroupSizes, Rotation, num_rotation_steps
 from .config import SelfExtendConfig
 from .layer_probe import QueryAndKey, queries_and_keys
-from .plan import read_plan, write_plan
+from .plan import ExtensionPlan, read_plan, write_plan
 from .positions import GroupSize
 from .rotary import cos_sin
 from .rotary_modules import (
@@ -57,7 +57,7 @@ def bind_models(model_runner: Any, vllm_config: VllmConfig) -> None:
 
 
 def change_numbers(model_runner: Any, vllm_config: VllmConfig, group_size: GroupSize, neighbor_window: int) -> None:
-    """Give a loaded model, and its draft if it has one, another group size and neighbor window.
+    """Give a loaded model, and its draft head if it has one, another group size and neighbor window.
 
     Past the first layer, keys in the cache follow from the numbers, so no request may be running and the caller has to
     empty the prefix cache (`LLM.reset_prefix_cache`). A captured graph would keep the old numbers, so the engine has to
@@ -103,20 +103,27 @@ def bind_model(
     name, plan = model_config.model, read_plan(vllm_config)
     if is_draft and plan.draft_length:
         plan = plan.of_draft_model()
-    layers = dict(_attention_layers(model))
+    layers = dict(_grouping_layers(model, plan))
     ends_early = model_config.max_model_len < plan.max_model_len and not vllm_config.use_v2_model_runner
     if is_draft and not layers and ends_early:
         return  # vLLM asks it for nothing past the length that it was made for
     if layers or must_extend:
-        check_model(model, name)
+        check_model(model, name, plan)
     known = _known_rotations(model, model_config, plan.max_model_len)
     candidates = {one.frequencies.numpy().tobytes(): one.frequencies for several in known.values() for one in several}
     positions = probe_positions(plan.max_model_len)
+    for path, layer in _our_layers(model):
+        if path not in layers:
+            layer.impl.bind(plan)
+    if not layers:
+        return
     probed = _probe(model, layers, positions, model_config, is_draft, model_runner, vllm_config)
     # Not the weights' device: those may be offloaded.
     device = model_runner.device
-    sizes = GroupSizes.of(plan.group_sizes(plan.max_model_len), device)
-    num_steps = num_rotation_steps(plan.max_model_len, sizes.largest, plan.neighbor_window)
+    # Steps that vLLM runs for their shapes alone, before it captures them, may be longer than any that is served.
+    num_positions = max(plan.max_model_len, vllm_config.scheduler_config.max_num_batched_tokens)
+    sizes = GroupSizes.of(plan.group_sizes(num_positions), device)
+    num_steps = num_rotation_steps(num_positions, sizes.largest, plan.neighbor_window)
     tables: dict[bytes, torch.Tensor] = {}
     untold = []
     for path, layer in layers.items():
@@ -132,7 +139,7 @@ def bind_model(
                 if (rotation := _rotation_nearby(model, path, known)) is None:
                     raise
                 untold.append(path)
-        if rotation is None or isinstance(layer, ChunkedLocalAttention) or not plan.groups:
+        if rotation is None or isinstance(layer, ChunkedLocalAttention):
             layer.impl.bind(plan)
             continue
         key = rotation.frequencies.numpy().tobytes()
@@ -151,14 +158,14 @@ def bind_model(
         raise ValueError(f"Self-Extend cannot serve {name}: {_nothing_to_extend(layers)}")
 
 
-def check_model(model: nn.Module, name: str) -> None:
+def check_model(model: nn.Module, name: str, plan: ExtensionPlan) -> None:
     """Refuse a model of which a layer would be left out, or none could be extended. Needs no weights.
 
     Raises:
         ValueError: It is one.
 
     """
-    layers = dict(_attention_layers(model))
+    layers = dict(_grouping_layers(model, plan))
     if reason := _left_out(model) or (None if layers else _nothing_to_extend(layers)):
         raise ValueError(f"Self-Extend cannot serve {name}: {reason}")
 
@@ -240,8 +247,6 @@ def _probe(
     vllm_config: VllmConfig,
 ) -> dict[str, QueryAndKey]:
     """What `queries_and_keys` finds for a token at each of the positions."""
-    if not layers:
-        return {}
     num_tokens = len(positions)
     arguments = _draft_arguments if is_draft else _model_arguments
     calls = arguments(model, positions.to(model_runner.device), model_config, model_runner, vllm_config)
@@ -312,8 +317,13 @@ def _naming(model_name: str, path: str) -> Iterator[None]:
         raise ValueError(f"Self-Extend cannot serve {model_name}: {path}: {error}") from error
 
 
-def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Attention]]:
-    """Each layer that may group positions, by its path."""
+def _our_layers(model: nn.Module) -> Iterator[tuple[str, Attention]]:
+    """Each layer that attends with Self-Extend's kernels, by its path."""
     for path, module in model.named_modules():
-        if isinstance(module, Attention) and isinstance(module.impl, SelfExtendImpl) and module.impl.extends:
+        if isinstance(module, Attention) and isinstance(module.impl, SelfExtendImpl):
             yield path, module
+
+
+def _grouping_layers(model: nn.Module, plan: ExtensionPlan) -> Iterator[tuple[str, Attention]]:
+    """Those that may group positions."""
+    return ((path, layer) for path, layer in _our_layers(model) if layer.impl.may_group(plan))

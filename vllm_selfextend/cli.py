@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
+from .backends.limits import MAX_POSITIONS
 from .plan import CONFIG_KEY
 from .positions import smallest_group_size
 
@@ -107,8 +108,11 @@ errors = Console(stderr=True, markup=False, emoji=False)
 LOG = "vllm.log"
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder or its name on the Hugging Face hub.")]
-GroupSize = Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")]
-NeighborWindow = Annotated[int | None, typer.Option(min=1, help="Instead of the automatic choice.")]
+GroupSize = Annotated[int | None, typer.Option(min=1, help="One past the trained length; without it, by position.")]
+NeighborWindow = Annotated[
+    int | None,
+    typer.Option(min=1, help="How many tokens back stay exact; else a quarter of that length, 1,024 at most."),
+]
 TrainedLength = Annotated[
     int | None, typer.Option(parser=_tokens, metavar="TOKENS", help="Instead of the length vLLM derives.")
 ]
@@ -116,7 +120,7 @@ MaxModelLen = Annotated[
     int, typer.Option(parser=_tokens, metavar="TOKENS", help="How many tokens you want to serve, as for vLLM.")
 ]
 ExactShort = Annotated[bool, typer.Option(help="Queries within the trained length as in the unmodified model.")]
-LogScale = Annotated[bool, typer.Option(help="Scale queries past it by the logarithm of their position.")]
+LogScale = Annotated[bool, typer.Option(help="Scale queries past the trained length by their position's logarithm.")]
 Text = Annotated[list[Path] | None, typer.Option(help="A long text for the loss; without one, Python's own source.")]
 Chat = Annotated[bool | None, typer.Option(help="Ask through the chat template; without either, if there is one.")]
 Depths = Annotated[int, typer.Option(min=1, help="At how many depths of a text keys are hidden.")]
@@ -598,7 +602,7 @@ def _plan_table(report: dict[str, Any]) -> Table:
         "trained length L": f"{report['trained_length']:,} tokens",
         "group size G": f"{report['group_size']}{follows}: {sizes} tokens",
         "neighbor window W": f"{report['neighbor_window']:,} tokens",
-        "longest sequence": f"{report['capacity']:,} tokens" if report["capacity"] else "none: the group size grows",
+        "longest sequence": f"{report['capacity']:,} tokens" if report["capacity"] else f"any, up to {MAX_POSITIONS:,}",
     }
     if report["kv_bytes_per_token"] is not None:
         rows["KV cache"] = (

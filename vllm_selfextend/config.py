@@ -18,12 +18,12 @@ class SelfExtendConfig:
 
     Attributes:
         group_size: `G`, how many neighboring positions share one grouped position; 1 is ordinary attention. "auto"
-            follows the query's position: the least that keeps its relative positions within the trained length.
+            follows the query's position: 1 below `L`, past it the least that keeps its relative positions below two
+            thirds of `L`.
         neighbor_window: `W`, how many tokens back positions stay exact.
         trained_length: `L`, tokens; None is the length vLLM derives for the checkpoint.
-        exact_short: Queries at positions below `L` get the unmodified model's attention. False is the paper to the
-            letter, and needs a group size.
-        log_scale: Multiply queries by `max(1, ln(position + 1) / ln(L))`; False is the paper to the letter.
+        exact_short: Queries at positions below `L` get the unmodified model's attention. False needs a group size.
+        log_scale: Multiply queries by `max(1, ln(position + 1) / ln(L))`. With both off it is the paper to the letter.
         kernel: Which kernels compute it.
 
     """

@@ -139,7 +139,7 @@ def configure_self_extend(replaced: str | None, original: Callable[..., VllmConf
         if vllm_config.speculative_config is not None and vllm_config.speculative_config.uses_draft_model():
             plan = dataclasses.replace(plan, draft_length=check.draft_length)
         plan = apply_plan(vllm_config, plan)
-        if leaves_length_open:
+        if leaves_length_open and not plan.groups:
             logger.warning(
                 "Self-Extend has nothing to extend: without --max-model-len the model is served at its own length, %d "
                 "tokens. Pass the length to serve, for instance --max-model-len %d.",
@@ -147,7 +147,7 @@ def configure_self_extend(replaced: str | None, original: Callable[..., VllmConf
                 4 * plan.max_model_len,
             )
         if vllm_config.kv_transfer_config is not None:
-            check_connector(vllm_config.kv_transfer_config, plan)
+            check_connector(vllm_config)
         return vllm_config
 
     return create_engine_config

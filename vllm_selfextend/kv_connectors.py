@@ -12,12 +12,13 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from .backends import load_kernels
-from .plan import ExtensionPlan, has_plan, read_plan
+from .plan import has_plan, read_plan
 from .positions import SIGNIFICANT_BITS, auto_reach
+from .rotary import rope_parameters
 
 logger = init_logger("vllm.self_extend")
 
@@ -42,16 +43,17 @@ HOLDS_OTHERS = "MultiConnector"
 """It builds other connectors from its config, each with a copy of vLLM's that is the same but for its own settings."""
 
 
-def check_connector(kv_transfer_config: KVTransferConfig, plan: ExtensionPlan) -> None:
+def check_connector(vllm_config: VllmConfig) -> None:
     """Say which connectors cannot be told what the keys are."""
-    for connector in _connectors(kv_transfer_config.kv_connector, kv_transfer_config.kv_connector_extra_config):
+    settings: KVTransferConfig = vllm_config.kv_transfer_config
+    for connector in _connectors(settings.kv_connector, settings.kv_connector_extra_config):
         if connector not in (*GOES_BY_MODEL_NAME, GOES_BY_TOKENS):
             logger.warning(
                 "Self-Extend cannot tell whether %s keeps keys of other layouts apart. Whatever shares keys with this "
                 "server must have the layout %s too; nothing else, nor stock vLLM, may use the same store or be its "
                 "peer.",
                 connector,
-                cache_layout(plan),
+                cache_layout(vllm_config),
             )
 
 
@@ -64,13 +66,24 @@ def _connectors(connector: str | None, extra: dict[str, Any]) -> Iterator[str | 
         yield from _connectors(child.get("kv_connector"), child.get("kv_connector_extra_config") or {})
 
 
-def cache_layout(plan: ExtensionPlan) -> str:
+def cache_layout(vllm_config: VllmConfig) -> str:
     """What has to be equal for one engine to read what another stored: a name for it, fit for files."""
+    plan = read_plan(vllm_config)
     rule = f"auto{auto_reach(plan.trained_length)}s{SIGNIFICANT_BITS}"
     group_size = rule if plan.group_size == "auto" else plan.group_size
     numbers = f"g{group_size}-w{plan.neighbor_window}-l{plan.trained_length}"
     switches = f"exact{plan.exact_len}-log{plan.log_scale_len}"
-    return f"self_extend-{numbers}-{switches}-{load_kernels(plan.kernel).CACHE_LAYOUT}"
+    rotation = "".join(f"{factors}-" for factors in _longrope_factors(vllm_config.model_config))
+    return f"self_extend-{numbers}-{switches}-{rotation}{load_kernels(plan.kernel).CACHE_LAYOUT}"
+
+
+def _longrope_factors(model_config: ModelConfig) -> set[str]:
+    """Of longrope vLLM takes the long factors for all tokens as soon as it serves more than the original length."""
+    return {
+        "long" if model_config.max_model_len > rope["original_max_position_embeddings"] else "short"
+        for rope in rope_parameters(model_config.hf_text_config)
+        if rope.get("rope_type") == "longrope"
+    }
 
 
 def tell_layout(original: Any) -> Any:
@@ -86,7 +99,7 @@ def tell_layout(original: Any) -> Any:
 
 def with_layout(vllm_config: VllmConfig) -> VllmConfig:
     """A copy that differs in the model's name and, for `GOES_BY_TOKENS`, in the folder."""
-    layout = cache_layout(read_plan(vllm_config))
+    layout = cache_layout(vllm_config)
     told = copy.copy(vllm_config)
     told.model_config = copy.copy(vllm_config.model_config)
     # Mooncake takes what is behind the last slash.

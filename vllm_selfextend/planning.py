@@ -139,7 +139,7 @@ def _start_up(arguments: dict[str, Any], settings: dict[str, Any], plan: Extensi
         model = make_model(vllm_config)
         check_layers(vllm_config)
         if plan.groups:
-            check_model(model, arguments["model"])
+            check_model(model, arguments["model"], plan)
         return cache_size(vllm_config)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise ValueError(str(error)) from error

@@ -1,7 +1,7 @@
 """The algebra of Self-Extend's positions: the paper's, and the group size that follows the query's position.
 
 `L` is the trained length, `G` the group size, `W` the neighbor window (Jin et al., arXiv 2401.01325, section 3). A
-model reads a sequence well while no relative position reaches `L`. Group sizes are counted in eighths, `p = 8 G`.
+model has met no relative position that reaches `L`. Group sizes are counted in eighths, `p = 8 G`.
 """
 
 import numbers

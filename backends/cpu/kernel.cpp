@@ -64,7 +64,7 @@ struct Scratch {
   float* rest;     // [rows, head_size + 2]: a result that is whole
 
   Scratch(const Layer& layer, const Item& item, int rows, float* memory)
-      : phase_step(min(item.group_size & -item.group_size, selfextend::kEighths * kPanel)) {
+      : phase_step(min(item.eighths & -item.eighths, selfextend::kEighths * kPanel)) {
     const auto take = [&memory](int64_t size) {
       float* taken = memory;
       memory += round_up(size, kAligned);
@@ -82,11 +82,11 @@ struct Scratch {
     rest = memory;
   }
 
-  const float* stairs_of(const Layer& layer, int group_size, int first) {
-    const int phase = selfextend::kEighths * first % group_size;
+  const float* stairs_of(const Layer& layer, int eighths, int first) {
+    const int phase = selfextend::kEighths * first % eighths;
     const int place = phase / phase_step % kStairs;
     float* found = stairs + static_cast<int64_t>(place) * layer.rotary_dim * kPanel;
-    if (stair_phase[place] != phase) fill_stairs(layer, group_size, first, found);
+    if (stair_phase[place] != phase) fill_stairs(layer, eighths, first, found);
     stair_phase[place] = phase;
     return found;
   }
@@ -106,7 +106,7 @@ inline int heads_per_kv_head(const Layer& layer) { return layer.num_heads / laye
 
 template <class Left>
 inline void load_queries(const Layer& layer, const Rows& query, const Item& item, Scratch& scratch) {
-  const int heads = heads_per_kv_head(layer), size = layer.head_size, group_size = item.group_size;
+  const int heads = heads_per_kv_head(layer), size = layer.head_size, eighths = item.eighths;
   auto* near = reinterpret_cast<Left*>(scratch.near_query);
   auto* far = reinterpret_cast<Left*>(scratch.far_query);
   float turned[selfextend::kMaxHeadSize];
@@ -125,8 +125,8 @@ inline void load_queries(const Layer& layer, const Rows& query, const Item& item
                          (item.first_token + row / heads) * query.token_stride + head * query.head_stride;
       for (int i = 0; i < size; i += kLanes) store(turned + i, load(from + i));
       for (int i = 0; i < size; i += kLanes) put_factor(near + i, load(turned + i));
-      if (group_size == selfextend::kEighths) continue;
-      turn_head(layer, lag(layer.neighbor_window, group_size) - lag(position, group_size), turned);
+      if (eighths == selfextend::kEighths) continue;
+      turn_head(layer, lag(layer.neighbor_window, eighths) - lag(position, eighths), turned);
       for (int i = 0; i < size; i += kLanes) put_factor(far + i, load(turned + i));
     }
   });
@@ -287,7 +287,7 @@ class ItemAttention {
     // To rows before `near_end` some of the keys are neighbors, to those from `far_begin` on some are not.
     const int seen = row_of(begin);
     int near_end = rows_, far_begin = rows_;
-    if (item_.group_size > selfextend::kEighths) {
+    if (item_.eighths > selfextend::kEighths) {
       near_end = max(seen, row_of(end - 1 + layer_.neighbor_window));
       far_begin = max(seen, row_of(begin + layer_.neighbor_window));
     }
@@ -298,12 +298,11 @@ class ItemAttention {
       multiply(near_query_, seen, near_end, stored, panels, next, scores + at(seen, kTile), kTile);
     }
     if (far_begin == rows_) return;
-    // Rows with both kinds have their far scores beside the near ones.
-    near_end = max(near_end, far_begin);
+    // Rows with both kinds, those before `near_end`, have their far scores beside the near ones.
     const bool at_once = scores_turned<Left>(layer_, rows_ - far_begin);
     for (int i = 0; i < panels; ++i) {
-      const int first = begin + i * kPanel, steps = lag(first, item_.group_size);
-      const float* stairs = scratch_.stairs_of(layer_, item_.group_size, first);
+      const int first = begin + i * kPanel, steps = lag(first, item_.eighths);
+      const float* stairs = scratch_.stairs_of(layer_, item_.eighths, first);
       if (few_rows_) prefetch_values(first);
       if (at_once) {
         const auto score = [&](int row, int row_end, float* to, int64_t stride) {

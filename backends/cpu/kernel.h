@@ -57,7 +57,7 @@ struct Item {
   int64_t first_token;  // row of the first query in the batch
   int num_tokens;
   int first_position;  // position of the first query in its request; the others follow
-  int group_size;      // of all of them, in eighths
+  int eighths;         // their group size
   int key_begin;       // position, a multiple of kTile
   int key_end;
   const int32_t* blocks;  // the request's row of the block table

@@ -10,7 +10,7 @@ using selfextend::kPanel;
 using selfextend::Layer;
 
 // interface.lag: how far a token's grouped position lags behind its position.
-inline int lag(int position, int group_size) { return position - selfextend::kEighths * position / group_size; }
+inline int lag(int position, int eighths) { return position - selfextend::kEighths * position / eighths; }
 
 // Turns pairs of values, `stride` apart in each of the two places.
 template <int stride>
@@ -37,10 +37,10 @@ inline void turn_head(const Layer& layer, int steps, float* head) {
 
 // Cosines and sines of d(first) - d(j) for the 16 keys j from `first` of a panel on, as columns: [rotary_dim][16]. They
 // depend on 8 * first modulo the group size alone, so few are needed, and with d(first) they give every key's turn.
-inline void fill_stairs(const Layer& layer, int group_size, int first, float* stairs) {
+inline void fill_stairs(const Layer& layer, int eighths, int first, float* stairs) {
   const int pairs = layer.rotary_dim / 2;
   for (int column = 0; column < kPanel; ++column) {
-    const int steps = lag(first + column, group_size) - lag(first, group_size);
+    const int steps = lag(first + column, eighths) - lag(first, eighths);
     const float* row = layer.cos_sin + static_cast<int64_t>(steps) * layer.rotary_dim;
     for (int pair = 0; pair < pairs; ++pair) {
       stairs[pair * kPanel + column] = row[pair];

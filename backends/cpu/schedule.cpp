@@ -27,10 +27,10 @@ std::vector<Item> split_queries(const Layer& layer, const Requests& requests, in
       block.first_token = token;
       block.num_tokens = std::min(tokens, end - token);
       block.first_position = requests.seq_lens[request] - (end - token);
-      block.group_size = kEighths;
+      block.eighths = kEighths;
       if (layer.group_sizes != nullptr) {
         const int32_t* sizes = layer.group_sizes + block.first_position;
-        block.group_size = *sizes;
+        block.eighths = *sizes;
         block.num_tokens = static_cast<int>(std::upper_bound(sizes, sizes + block.num_tokens, *sizes) - sizes);
       }
       token += block.num_tokens;

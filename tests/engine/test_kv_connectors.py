@@ -19,7 +19,6 @@ from vllm.v1.kv_offload.file_mapper import FileMapper
 from vllm_selfextend import kv_connectors
 from vllm_selfextend.binding import change_numbers
 from vllm_selfextend.kv_connectors import cache_layout, with_layout
-from vllm_selfextend.plan import read_plan
 from vllm_selfextend.positions import GroupSize
 
 from .models import random_prompts
@@ -119,7 +118,7 @@ def test_servers_of_other_lengths_share(checkpoint: Callable) -> None:
 
     def name(max_model_len: int, **numbers: Any) -> str:
         settings = {**extended(6), "max_model_len": max_model_len, "additional_config": {"self_extend": numbers}}
-        return cache_layout(read_plan(configure(checkpoint, "OffloadingConnector", **settings)))
+        return cache_layout(configure(checkpoint, "OffloadingConnector", **settings))
 
     assert name(128) == name(256) == name(1024) == "self_extend-gauto42s4-w16-l64-exact64-log64-cpu-2"
     assert name(128, group_size=8) == name(256, group_size=8) != name(256)
@@ -144,7 +143,7 @@ def test_connectors_in_a_connector(checkpoint: Callable, tmp_path: Path, monkeyp
         "MultiConnector", connectors=[through("OffloadingConnector"), through("MooncakeConnector"), inner]
     )
     config = configure(checkpoint, several, **extended(6))
-    layout = cache_layout(read_plan(config))
+    layout = cache_layout(config)
     assert [line.split(" keeps keys")[0].split()[-1] for line in said] == ["MooncakeConnector"]
     told = with_layout(config)
     children = MultiConnector._get_connector_classes_and_configs(told)
@@ -162,8 +161,21 @@ def test_connectors_in_a_connector(checkpoint: Callable, tmp_path: Path, monkeyp
 def test_every_number_that_changes_keys_is_in_the_name(checkpoint: Callable) -> None:
     """Past the first layer keys depend on what queries before saw, so on all of them."""
     changes = ({}, {"neighbor_window": 24}, {"trained_length": 60}, {"exact_short": False}, {"log_scale": False})
-    plans = [read_plan(configure(checkpoint, "OffloadingConnector", **extended(6, **change))) for change in changes]
-    assert len({cache_layout(plan) for plan in plans}) == len(changes)
+    configs = [configure(checkpoint, "OffloadingConnector", **extended(6, **change)) for change in changes]
+    assert len({cache_layout(config) for config in configs}) == len(changes)
+
+
+def test_the_factors_of_longrope_are_in_the_name(checkpoint: Callable) -> None:
+    """They change all keys once a server is longer than the original length."""
+
+    def name(max_model_len: int) -> str:
+        settings = {"attention_backend": "CUSTOM", "kv_transfer_config": through("OffloadingConnector")}
+        args = EngineArgs(checkpoint("longrope"), dtype="float32", max_model_len=max_model_len, **settings)
+        return cache_layout(args.create_engine_config())
+
+    assert name(128) == name(256)
+    assert "-long-" in name(128)
+    assert "-short-" in name(32)
 
 
 def test_numbers_do_not_change_below_a_connector(checkpoint: Callable) -> None:

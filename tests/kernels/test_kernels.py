@@ -165,11 +165,10 @@ def test_random_cases(case: Case, dtype: torch.dtype) -> None:
 def test_a_cache_of_another_dtype(name: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     case = Case(BATCHES["mixed"], exact_len=64, kv_scales=(0.5, 0.25) if cache_dtype != torch.bfloat16 else (1.0, 1.0))
     problem = Problem.of(case, dtype)
-    # Both round keys and values in the same way, but where a rotated key lies on the edge between two fp8 numbers.
+    # Both round keys and values in the same way.
     wanted = run(reference, problem, dtype, cache_dtype).double()
     got = run(KERNELS[name], problem, dtype, cache_dtype).double()
-    assert ((got - wanted).abs() > TOLERANCE[dtype]).double().mean() < 0.01
-    torch.testing.assert_close(got, wanted, atol=0.06, rtol=0.0)
+    torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=0.0)
     # And fp8 is as close to the truth as three bits of mantissa can be.
     assert (got - expected(problem)).abs().mean() < 0.05
 
@@ -235,6 +234,21 @@ def test_a_repeated_run_repeats_every_bit(name: str, threads: int) -> None:
     torch.testing.assert_close(first.double(), run(reference, problem, torch.float64), atol=2e-5, rtol=0.0)
 
 
+def test_a_group_size_of_many_phases() -> None:
+    """More than the panels' stairs that a thread keeps (`kernel.cpp`): some are made again."""
+    case = Case(((1, 1500), (40, 1500)), group_size=37, neighbor_window=16)
+    for name in cpu.INSTRUCTION_SETS:
+        check(name, case, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["reference", *KERNELS])
+def test_padding_requests(name: str) -> None:
+    """A request of no tokens, new in the cache or not: vLLM pads a batch with them."""
+    problem = Problem.of(Case(((0, 0), (1, 70), (0, 0), (5, 90), (0, 33))), torch.float32)
+    kernels = reference if name == "reference" else KERNELS[name]
+    torch.testing.assert_close(run(kernels, problem, torch.float32).double(), expected(problem), atol=2e-5, rtol=0.0)
+
+
 def test_nan_reaches_the_output() -> None:
     problem = Problem.of(Case(((1, 40), (1, 40))), torch.float32)
     problem.keys[0][3] = float("nan")
@@ -270,8 +284,7 @@ def test_negative_slots_are_not_stored(kernels: str) -> None:
     batch = three_tokens(slot_mapping=torch.tensor([16, -1, 17]))
     KERNELS[kernels].store_kv(key, key, kv_cache, batch, case.params())
     assert kv_cache[0].abs().sum() == 0
-    # Two tokens' keys and values; a rotated 1 may be 0 by chance, but no more than a few are.
-    assert kv_cache[1].count_nonzero() == pytest.approx(2 * 2 * key[0].numel(), rel=0.05)
+    assert kv_cache[1].count_nonzero() == 2 * 2 * key[0].numel(), "two tokens' keys and values"
 
 
 @pytest.mark.parametrize("kernels", [reference, *KERNELS.values()], ids=["reference", *KERNELS])

@@ -51,7 +51,7 @@ def test_plan_prints_a_table_and_the_command() -> None:
     shown = " ".join(result.stdout.replace("│", "").split())
     assert "trained length L 256 tokens" in shown
     assert "group size G auto by position: 1 at 256, 4.5 at 512, 5.5 at 600 tokens" in shown
-    assert "longest sequence none: the group size grows" in shown
+    assert "longest sequence any, up to 134,217,728" in shown
     assert "--attention-backend CUSTOM --max-model-len 600" in shown
     assert "--additional-config" not in shown
 

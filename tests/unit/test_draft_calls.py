@@ -106,11 +106,13 @@ def test_a_drafts_module_that_is_not_run_needs_no_rotation(is_draft: bool, monke
     bound: list[Any] = []
     layer = SimpleNamespace(impl=SimpleNamespace(bind=lambda *given: bound.append(given)))
     monkeypatch.setattr(binding, "read_plan", lambda _: plan)
-    monkeypatch.setattr(binding, "_attention_layers", lambda _: {"layers.1": layer}.items())
+    monkeypatch.setattr(binding, "_grouping_layers", lambda *_: {"layers.1": layer}.items())
     monkeypatch.setattr(binding, "_known_rotations", lambda *_: {})
     monkeypatch.setattr(binding, "_probe", lambda *_: {})
     config = SimpleNamespace(model="a/head", max_model_len=256)
-    arguments = Head(), config, SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(use_v2_model_runner=False)
+    scheduler = SimpleNamespace(max_num_batched_tokens=64)
+    vllm_config = SimpleNamespace(use_v2_model_runner=False, scheduler_config=scheduler)
+    arguments = Head(), config, SimpleNamespace(device=torch.device("cpu")), vllm_config
     if is_draft:
         binding.bind_model(*arguments, must_extend=False, is_draft=True)
         assert bound == [(plan,)]

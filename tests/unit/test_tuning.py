@@ -77,7 +77,7 @@ def test_equals_are_the_automatic_choice() -> None:
     one = search(256, 4096)
     one.run(lambda numbers: [0.0] * 8, 60.0)
     assert one.best == one.auto
-    assert "is the automatic choice: G auto, W 64" in distance_from_auto(one)
+    assert "is the default: G auto, W 64" in distance_from_auto(one)
 
 
 def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_the_budget_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(one.costs) == 2, "a third would end after 75 seconds"
     one = search(256, 4096)
     one.run(costs_of, 1.0)
-    assert list(one.costs) == [one.auto], "the automatic choice is always tried"
+    assert list(one.costs) == [one.auto], "the default is always tried"
 
 
 def test_noise_is_not_called_a_difference() -> None:

@@ -74,7 +74,7 @@ def numbers_table(search: Search, is_loss: bool, groups: Sequence[GroupSize]) ->
     """What every cell tried costs: a row per neighbor window, a column per group size in `groups`."""
     windows = sorted({window for group, window in search.costs if group in groups})
     title = f"{measure(is_loss).capitalize()}, lower is better"
-    table = Table(title=title, caption="* the best  a the automatic choice")
+    table = Table(title=title, caption="* the best  a the default")
     table.add_column("W \\ G", justify="right")
     for group in groups:
         table.add_column(str(group), justify="right")
@@ -89,13 +89,13 @@ def numbers_table(search: Search, is_loss: bool, groups: Sequence[GroupSize]) ->
 
 
 def distance_from_auto(search: Search) -> str:
-    """How far the automatic choice is from the best cell, as a sentence."""
+    """How far the default is from the best cell, as a sentence."""
     (group_size, window), (auto_group_size, auto_window) = search.best, search.auto
     if search.best == search.auto:
-        return f"The best of {len(search.costs)} tried is the automatic choice: G {group_size}, W {window}."
+        return f"The best of {len(search.costs)} tried is the default: G {group_size}, W {window}."
     above = search.auto_above_best()
     return (
-        f"The best of {len(search.costs)} tried is G {group_size}, W {window}. The automatic choice, G "
+        f"The best of {len(search.costs)} tried is G {group_size}, W {window}. The default, G "
         f"{auto_group_size}, W {auto_window}, is {above.value:.3f} above it ({above.low:.3f} to {above.high:.3f})"
         + (": no difference that these prompts can show." if above.low <= 0.0 else ".")
     )

@@ -62,7 +62,7 @@ class Search:
 
     @property
     def best(self) -> Numbers:
-        """The cell with the lowest mean; the automatic choice among equals."""
+        """The cell with the lowest mean; the default among equals."""
 
         def order(numbers: Numbers) -> tuple[float, bool, str]:
             return fmean(self.costs[numbers]), numbers != self.auto, str(numbers)
@@ -70,7 +70,7 @@ class Search:
         return min(self.costs, key=order)
 
     def auto_above_best(self) -> Estimate:
-        """How much more the automatic choice costs than the best cell, pair by pair.
+        """How much more the default costs than the best cell, pair by pair.
 
         The best of many is in part the luckiest, so the interval is one that all cells keep to (Bonferroni).
         """

@@ -2,7 +2,7 @@
 
     import vllm_selfextend.transformers as SelfExtend
 
-    SelfExtend.apply(model, group_size, window_size)
+    SelfExtend.apply(model)  # or with the authors' numbers: apply(model, 8, 1024)
     model.generate(...)
     SelfExtend.remove(model)
 

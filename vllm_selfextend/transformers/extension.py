@@ -55,7 +55,8 @@ def apply(
         model: A decoder with RoPE, any class that attends through transformers' `AttentionInterface`; any dtype. Of a
             model that reads more than text its text model is extended, the rest is left alone.
         group_size: `G`, how many neighboring positions share one grouped position; 1 is ordinary attention. "auto"
-            follows the query's position: the least that keeps its relative positions within the trained length.
+            follows the query's position: 1 below `L`, past it the least that keeps its relative positions below two
+            thirds of `L`.
         window_size: `W`, how many tokens back positions stay exact; "auto" is a quarter of the trained length, at most
             1,024.
         enable_flash_attention: Let the package flash-attn attend, in float16 or bfloat16 on a GPU; the answers are the
