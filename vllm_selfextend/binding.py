@@ -104,19 +104,19 @@ def bind_model(
     if is_draft and plan.draft_length:
         plan = plan.of_draft_model()
     layers = dict(_grouping_layers(model, plan))
+    for path, layer in _our_layers(model):
+        if path not in layers:
+            layer.impl.bind(plan)
     ends_early = model_config.max_model_len < plan.max_model_len and not vllm_config.use_v2_model_runner
     if is_draft and not layers and ends_early:
         return  # vLLM asks it for nothing past the length that it was made for
     if layers or must_extend:
         check_model(model, name, plan)
     known = _known_rotations(model, model_config, plan.max_model_len)
-    candidates = {one.frequencies.numpy().tobytes(): one.frequencies for several in known.values() for one in several}
-    positions = probe_positions(plan.max_model_len)
-    for path, layer in _our_layers(model):
-        if path not in layers:
-            layer.impl.bind(plan)
     if not layers:
         return
+    candidates = {one.frequencies.numpy().tobytes(): one.frequencies for several in known.values() for one in several}
+    positions = probe_positions(plan.max_model_len)
     probed = _probe(model, layers, positions, model_config, is_draft, model_runner, vllm_config)
     # Not the weights' device: those may be offloaded.
     device = model_runner.device

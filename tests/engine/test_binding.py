@@ -49,6 +49,22 @@ def test_a_draft_that_groups_positions_where_its_target_does_not(
         assert all((layer.impl.group_sizes is not None) == groups for layer in layers)
 
 
+def test_a_draft_that_groups_nothing_and_ends_early(checkpoint: Callable, start_engine: Callable) -> None:
+    """Its layers have Self-Extend's kernels all the same."""
+    speculation = {"method": "draft_model", "model": checkpoint("llama-mqa"), "num_speculative_tokens": 2}
+    llm = start_engine(
+        checkpoint("llama"),
+        attention_backend="CUSTOM",
+        max_model_len=64,
+        speculative_config={**speculation, "max_model_len": 48},
+        additional_config={"self_extend": {"trained_length": 32}},
+    )
+    (text,) = random_prompts([40], seed=3)
+    sampling = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate({"prompt_token_ids": text}, sampling, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 4
+
+
 def test_rotations_are_on_the_runners_device_and_a_draft_is_unwrapped(
     checkpoint: Callable, start_engine: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
