@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 def _cpu() -> "Kernels":
-    from . import cpu
+    from .cpu import KERNELS
 
-    return cpu
+    return KERNELS
 
 
 def _triton() -> "Kernels":
-    from . import triton
+    from .triton import KERNELS
 
-    return triton
+    return KERNELS
 
 
 def _reference() -> "Kernels":
-    from . import reference
+    from .reference import KERNELS
 
-    return reference
+    return KERNELS
 
 
 class KernelSet(NamedTuple):

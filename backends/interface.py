@@ -19,10 +19,10 @@ never among the rows that it takes of one; how many sizes those have, `GroupSize
 has its own. With one key more the lag grows by 0 or 1, for any `p` of 8 or more.
 """
 
-import functools
 import math
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -129,7 +129,6 @@ class AttentionParams:
         sinks: `[num_heads]` or None: a logit per head that takes part in the softmax and adds nothing to the output.
         k_scale: One float32, or None for 1: an 8-bit cache holds keys divided by it.
         v_scale: The same of values.
-        prepared: Room for what a kernel set works out once per layer.
 
     Sinks and scales are read in every call, so that weights may change in place.
 
@@ -148,7 +147,6 @@ class AttentionParams:
     sinks: torch.Tensor | None = None
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
-    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Comparisons that torch.compile can follow; of nan they are false.
@@ -212,18 +210,52 @@ class AttentionBatch:
             if not 0 <= (value := getattr(self, name)) <= MAX_POSITIONS:
                 raise ValueError(f"batch.{name} is {value}; it must be from 0 to {MAX_POSITIONS}.")
 
-    @functools.cached_property
-    def positions(self) -> torch.Tensor:
-        """`[num_tokens]`, int64: the position of each new token in its request. On a GPU this waits for the device."""
-        query_lens = self.query_start_loc.diff().long()
-        # A token's position is its index in the step, moved by what its request has before the step's first token.
-        moved = self.seq_lens - query_lens - self.query_start_loc[:-1]
-        moved = torch.repeat_interleave(moved, query_lens)
-        return torch.arange(len(moved), device=moved.device) + moved
+
+class LayerKernels(ABC):
+    """A kernel set's kernels for one layer. What follows from the layer alone is worked out once, and kept in here."""
+
+    def warm_up(  # noqa: B027  # most sets compile nothing
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Compile what any call needs, so that no call has to; without that the first one does.
+
+        Args:
+            query: Like those of the calls, in all but the number of tokens, which is 2 at least.
+            key: Like `query`.
+            value: Like `query`.
+            kv_cache: The layer's.
+            out: Like `query`; not written.
+
+        """
+
+    @abstractmethod
+    def store(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
+        """Put the keys and the values of the new tokens into the cache.
+
+        Args:
+            key: `[num_tokens, num_kv_heads, head_size]`, as the model rotated it.
+            value: `[num_tokens, num_kv_heads, head_size]`.
+            kv_cache: Written.
+            batch: The step's requests.
+
+        """
+
+    @abstractmethod
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
+        """Causal attention of the new tokens over everything their requests have in the cache.
+
+        Args:
+            query: `[num_tokens, num_heads, head_size]`, rotated at true positions; `num_heads` is a multiple of
+                `num_kv_heads`.
+            kv_cache: Read; the new tokens have been stored.
+            batch: The step's requests.
+            out: `[num_tokens, num_heads, head_size]`, written.
+
+        """
 
 
-class Kernels(Protocol):
-    """The two calls every kernel set offers, and what it says of itself; a module can be one.
+class Kernels(ABC):
+    """A kernel set: what it makes of a layer, and what it says of itself.
 
     The cache has the queries' dtype, or is float8_e4m3fn (as such, or as the uint8 that vLLM makes of it). It is
     `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block.
@@ -237,7 +269,7 @@ class Kernels(Protocol):
 
     """
 
-    IS_CAPTURABLE: bool
+    IS_CAPTURABLE: bool = False
     CACHE_LAYOUT: str
     VARIANT: str
 
@@ -249,75 +281,16 @@ class Kernels(Protocol):
             capability: Its compute capability, if it is an NVIDIA GPU and that is known.
 
         """
-        ...
+        return None
 
     def unsupported_head_size(self, head_size: int) -> str | None:
         """Why the calls do not take heads of this size; None if they do."""
-        ...
+        return None
 
     def workspace_size(self, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
         """How many float32 numbers of `AttentionBatch.workspace` any call of such a layer needs."""
-        ...
+        return 0
 
-    def warm_up(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        params: AttentionParams,
-        out: torch.Tensor,
-    ) -> None:
-        """Compile what any call of a layer needs, so that no call has to; without that the first one does.
-
-        Args:
-            query: Like those of the calls, in all but the number of tokens, which is 2 at least.
-            key: Like `query`.
-            value: Like `query`.
-            kv_cache: The layer's.
-            params: The layer.
-            out: Like `query`; not written.
-
-        """
-        ...
-
-    def store_kv(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        batch: AttentionBatch,
-        params: AttentionParams,
-    ) -> None:
-        """Put the keys and the values of the new tokens into the cache.
-
-        Args:
-            key: `[num_tokens, num_kv_heads, head_size]`, as the model rotated it.
-            value: `[num_tokens, num_kv_heads, head_size]`.
-            kv_cache: Written.
-            batch: The step's requests.
-            params: The layer.
-
-        """
-        ...
-
-    def attention(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        batch: AttentionBatch,
-        params: AttentionParams,
-        out: torch.Tensor,
-    ) -> None:
-        """Causal attention of the new tokens over everything their requests have in the cache.
-
-        Args:
-            query: `[num_tokens, num_heads, head_size]`, rotated at true positions; `num_heads` is a multiple of
-                `num_kv_heads`.
-            kv_cache: Read; the new tokens have been stored.
-            batch: The step's requests.
-            params: The layer.
-            out: `[num_tokens, num_heads, head_size]`, written.
-
-        """
-        ...
+    @abstractmethod
+    def prepare(self, params: AttentionParams) -> LayerKernels:
+        """The kernels of a layer."""

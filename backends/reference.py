@@ -8,10 +8,11 @@ float32. Whole-tensor operations; a step's memory is bounded by `MAX_ELEMENTS`.
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
-from .interface import AttentionBatch, AttentionParams, GroupSizes, Rotation, lag
+from .interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, LayerKernels, Rotation, lag
 from .limits import EIGHTHS
 
 MAX_ELEMENTS = 1 << 20
@@ -20,92 +21,75 @@ MAX_ELEMENTS = 1 << 20
 TURNED_ELEMENTS = 1 << 19
 """How many elements of turned keys are held at once: 2 MB in float32, which a processor keeps near."""
 
-IS_CAPTURABLE = False
-CACHE_LAYOUT = "reference-2"
-VARIANT = "PyTorch"
-"""See `interface.Kernels`."""
+
+class ReferenceKernels(Kernels):
+    """See `interface.Kernels`."""
+
+    CACHE_LAYOUT = "reference-2"
+    VARIANT = "PyTorch"
+
+    def prepare(self, params: AttentionParams) -> "ReferenceLayer":
+        """See `interface.Kernels.prepare`."""
+        return ReferenceLayer(params)
 
 
-def unsupported_device(device: torch.device, capability: tuple[int, int] | None) -> str | None:
-    """See `interface.Kernels.unsupported_device`."""
-    return None
+KERNELS = ReferenceKernels()
 
 
-def unsupported_head_size(head_size: int) -> str | None:
-    """See `interface.Kernels.unsupported_head_size`."""
-    return None
+@dataclass(frozen=True)
+class ReferenceLayer(LayerKernels):
+    """See `interface.LayerKernels`."""
+
+    params: AttentionParams
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
+        """See `interface.LayerKernels.store`."""
+        block_size, head_size = kv_cache.shape[2], key.shape[2]
+        stored = batch.slot_mapping >= 0
+        slots = batch.slot_mapping[stored]
+        block, offset = slots // block_size, slots % block_size
+        if kv_cache.element_size() == 1:
+            kv_cache = kv_cache.view(torch.uint8)
+            key, value = _to_fp8(key, self.params.k_scale), _to_fp8(value, self.params.v_scale)
+        kv_cache[block, :, offset, :head_size] = key[stored].to(kv_cache.dtype)
+        kv_cache[block, :, offset, head_size:] = value[stored].to(kv_cache.dtype)
+
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
+        """See `interface.LayerKernels.attend`."""
+        params, dtype = self.params, _compute_dtype(query)
+        seq_lens, positions = batch.seq_lens.tolist(), _positions(batch)
+        decodes = []
+        for request, (begin, end) in enumerate(itertools.pairwise(batch.query_start_loc.tolist())):
+            if end == begin:  # padding
+                continue
+            if end - begin == 1:
+                decodes.append(request)
+                continue
+            seq_len = seq_lens[request]
+            key, value, key_pos = _gather(kv_cache, batch, params, [request], seq_len - (end - begin), seq_len, dtype)
+            out[begin:end] = attend(query[None, begin:end], key, value, positions[None, begin:end], key_pos, params)[0]
+        # Requests with one new token are taken together, those of like length with each other.
+        decodes.sort(key=seq_lens.__getitem__)
+        while decodes:
+            longest = seq_lens[decodes[-1]]
+            width = max(1, MAX_ELEMENTS // (longest * kv_cache.shape[1] * kv_cache.shape[3]))
+            group, decodes = decodes[-width:], decodes[:-width]
+            key, value, key_pos = _gather(kv_cache, batch, params, group, seq_lens[group[0]] - 1, longest, dtype)
+            tokens = batch.query_start_loc[group].long()[:, None]
+            query_pos = positions[tokens]
+            hidden = _is_hidden(query_pos, key_pos, params)
+            # Slots that a request does not see may hold anything, and 0 * nan is nan.
+            value = value.masked_fill(hidden.mT[:, None], 0.0)
+            out[tokens] = attend(query[tokens], key, value, query_pos, key_pos, params, hidden)
 
 
-def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
-    """See `interface.Kernels.workspace_size`."""
-    return 0
-
-
-def warm_up(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    params: AttentionParams,
-    out: torch.Tensor,
-) -> None:
-    """Nothing is compiled; see `interface.Kernels.warm_up`."""
-
-
-def store_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    batch: AttentionBatch,
-    params: AttentionParams,
-) -> None:
-    """See `interface.Kernels.store_kv`."""
-    block_size, head_size = kv_cache.shape[2], key.shape[2]
-    stored = batch.slot_mapping >= 0
-    slots = batch.slot_mapping[stored]
-    block, offset = slots // block_size, slots % block_size
-    if kv_cache.element_size() == 1:
-        kv_cache = kv_cache.view(torch.uint8)
-        key, value = _to_fp8(key, params.k_scale), _to_fp8(value, params.v_scale)
-    kv_cache[block, :, offset, :head_size] = key[stored].to(kv_cache.dtype)
-    kv_cache[block, :, offset, head_size:] = value[stored].to(kv_cache.dtype)
-
-
-def attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    batch: AttentionBatch,
-    params: AttentionParams,
-    out: torch.Tensor,
-) -> None:
-    """See `interface.Kernels.attention`."""
-    dtype = _compute_dtype(query)
-    seq_lens = batch.seq_lens.tolist()
-    decodes = []
-    for request, (begin, end) in enumerate(itertools.pairwise(batch.query_start_loc.tolist())):
-        if end == begin:  # padding
-            continue
-        if end - begin == 1:
-            decodes.append(request)
-            continue
-        seq_len = seq_lens[request]
-        key, value, key_pos = _gather(kv_cache, batch, params, [request], seq_len - (end - begin), seq_len, dtype)
-        out[begin:end] = attend(query[None, begin:end], key, value, batch.positions[None, begin:end], key_pos, params)[
-            0
-        ]
-    # Requests with one new token are taken together, those of like length with each other.
-    decodes.sort(key=seq_lens.__getitem__)
-    while decodes:
-        longest = seq_lens[decodes[-1]]
-        width = max(1, MAX_ELEMENTS // (longest * kv_cache.shape[1] * kv_cache.shape[3]))
-        group, decodes = decodes[-width:], decodes[:-width]
-        key, value, key_pos = _gather(kv_cache, batch, params, group, seq_lens[group[0]] - 1, longest, dtype)
-        tokens = batch.query_start_loc[group].long()[:, None]
-        query_pos = batch.positions[tokens]
-        hidden = _is_hidden(query_pos, key_pos, params)
-        # Slots that a request does not see may hold anything, and 0 * nan is nan.
-        value = value.masked_fill(hidden.mT[:, None], 0.0)
-        out[tokens] = attend(query[tokens], key, value, query_pos, key_pos, params, hidden)
+def _positions(batch: AttentionBatch) -> torch.Tensor:
+    """`[num_tokens]`, int64: the position of each new token in its request. On a GPU this waits for the device."""
+    query_lens = batch.query_start_loc.diff().long()
+    # A token's position is its index in the step, moved by what its request has before the step's first token.
+    moved = batch.seq_lens - query_lens - batch.query_start_loc[:-1]
+    moved = torch.repeat_interleave(moved, query_lens)
+    return torch.arange(len(moved), device=moved.device) + moved
 
 
 def _scale(scale: torch.Tensor | None) -> torch.Tensor | float:

@@ -139,15 +139,14 @@ class SelfExtend:
     """A layer of ours and its cache; its methods prepare a call, and the call is what gets timed."""
 
     def __init__(self, case: Case, kernels: Kernels) -> None:
-        self.kernels = kernels
         self.cache = case.make_cache()
-        self.params = extended_layer(case.heads.head_size, case.load.context, case.trained_length)
+        self.layer = kernels.prepare(extended_layer(case.heads.head_size, case.load.context, case.trained_length))
 
     def store(self, key: torch.Tensor, value: torch.Tensor, step: AttentionBatch) -> Callable[[], None]:
-        return functools.partial(self.kernels.store_kv, key, value, self.cache, step, self.params)
+        return functools.partial(self.layer.store, key, value, self.cache, step)
 
     def attention(self, query: torch.Tensor, step: AttentionBatch, out: torch.Tensor) -> Callable[[], None]:
-        return functools.partial(self.kernels.attention, query, self.cache, step, self.params, out)
+        return functools.partial(self.layer.attend, query, self.cache, step, out)
 
 
 class Stock:

@@ -188,12 +188,13 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
     steps = [case.make_step(table, workspace) for table in tables]
     params = case.params(device)
     ordinary_params = dataclasses.replace(params, group_sizes=None, rotation=None)
+    extended, ordinary = (kernels.prepare(layer) for layer in (params, ordinary_params))
 
     if case.load.phase == "store":
         tokens = [tuple(case.draw(case.heads.num_kv_heads, device) for _ in range(2)) for _ in steps]
         systems = [
             [
-                functools.partial(kernels.store_kv, key, value, cache, step, params)
+                functools.partial(extended.store, key, value, cache, step)
                 for (key, value), step in zip(tokens, steps, strict=True)
             ]
         ]
@@ -202,10 +203,10 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
         outs = [torch.empty_like(query) for query in queries]
         systems = [
             [
-                functools.partial(kernels.attention, query, cache, step, layer, out)
+                functools.partial(layer.attend, query, cache, step, out)
                 for query, step, out in zip(queries, steps, outs, strict=True)
             ]
-            for layer in (params, ordinary_params)
+            for layer in (extended, ordinary)
         ]
     num_calls = min(MOST_CALLS, math.ceil(ENOUGH_GRAPH_MS / machine.predicted_ms(case.num_bytes, case.operations)))
     num_calls = max(copies, num_calls)

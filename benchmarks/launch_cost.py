@@ -52,7 +52,8 @@ class Layer:
 
     def __init__(self, **params: Any) -> None:
         rotation = Rotation(empty(MAX_SEQ_LEN, HEAD_SIZE, dtype=torch.float32))
-        self.params = AttentionParams(HEAD_SIZE**-0.5, rotation=rotation, neighbor_window=1024, **params)
+        layer = AttentionParams(HEAD_SIZE**-0.5, rotation=rotation, neighbor_window=1024, **params)
+        self.kernels = triton_kernels.KERNELS.prepare(layer)
         self.kv_cache = empty(64, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=torch.bfloat16)
         size = launches.workspace_size(NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, TARGETS["sm_90"])
         self.workspace = empty(size, dtype=torch.float32)
@@ -66,7 +67,7 @@ class Layer:
 
     def warm_up(self) -> None:
         query, key, value, out = self.draw(2)
-        triton_kernels.warm_up(query, key, value, self.kv_cache, self.params, out)
+        self.kernels.warm_up(query, key, value, self.kv_cache, out)
 
     def call(self, query_lens: list[int], *, is_fused: bool = True) -> Callable[[], None]:
         """The calls of a step."""
@@ -83,8 +84,8 @@ class Layer:
         )
 
         def call() -> None:
-            triton_kernels.store_kv(key, value, self.kv_cache, batch, self.params)
-            triton_kernels.attention(query, self.kv_cache, batch, self.params, out)
+            self.kernels.store(key, value, self.kv_cache, batch)
+            self.kernels.attend(query, self.kv_cache, batch, out)
 
         return call
 

@@ -33,7 +33,7 @@ from rich.table import Table
 
 from benchmarks.no_device import TARGETS, NoDevice
 from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, GroupSizes, Rotation
-from vllm_selfextend.backends.triton.launches import Launch, attention_launches, store_launch
+from vllm_selfextend.backends.triton.launches import Launch, TritonLayer
 
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """What a program can have: CUDA C++ Programming Guide, compute capabilities; CDNA 3 instruction set, LDS."""
@@ -94,9 +94,10 @@ class Specialisation:
         kv_cache = empty(4096, num_kv_heads, 16, 2 * self.head_size, dtype=cache_dtype)
         query = empty(num_tokens, self.heads * num_kv_heads, self.head_size, dtype=dtype)
         key = empty(num_tokens, num_kv_heads, self.head_size, dtype=dtype)
+        layer = TritonLayer(params, TARGETS[self.target])
         if self.step != "split decode":  # whose store is the decode's
-            yield store_launch(key, key, kv_cache, batch, params)
-        yield from attention_launches(query, kv_cache, batch, params, query, TARGETS[self.target])
+            yield layer.store_launch(key, key, kv_cache, batch)
+        yield from layer.attention_launches(query, kv_cache, batch, query)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from .backends import load_kernels
-from .backends.interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, Rotation
+from .backends.interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, LayerKernels, Rotation
 from .backends.limits import MAX_POSITIONS
 from .plan import ExtensionPlan, read_plan
 
@@ -165,7 +165,7 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.rotation: Rotation | None = None
         self.group_sizes: GroupSizes | None = None
         self.is_bound = False
-        self.params: AttentionParams | None = None
+        self.layer_kernels: LayerKernels | None = None
 
     def may_group(self, plan: ExtensionPlan) -> bool:
         """Whether this layer groups positions by `plan` if it has a rotation."""
@@ -178,7 +178,7 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.plan, self.rotation = plan, rotation
         self.group_sizes = None if rotation is None else group_sizes
         self.is_bound = True
-        self.params = None
+        self.layer_kernels = None
 
     def warm_up(self, layer: AttentionLayer, dtype: torch.dtype) -> None:
         """Compile what serving the layer needs; its cache is allocated, and its queries will have that dtype."""
@@ -186,14 +186,20 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         qkv = torch.empty(2, sum(heads), self.head_size, dtype=dtype, device=layer.kv_cache.device)
         query, key, value = qkv.split(heads, dim=1)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        self.kernels.warm_up(query, key, value, layer.kv_cache, self._params(layer), out)
+        self._layer_kernels(layer).warm_up(query, key, value, layer.kv_cache, out)
 
-    def _params(self, layer: AttentionLayer) -> AttentionParams:
-        if self.params is None:  # made once the layer is bound and its weights are loaded
-            self.params = self._make_params(layer)
-        return self.params
+    def _layer_kernels(self, layer: AttentionLayer) -> LayerKernels:
+        if self.layer_kernels is None:  # made once the layer is bound and its weights are loaded
+            self.layer_kernels = self.kernels.prepare(self.params(layer))
+        return self.layer_kernels
 
-    def _make_params(self, layer: AttentionLayer) -> AttentionParams:
+    def params(self, layer: AttentionLayer) -> AttentionParams:
+        """What kernels need to know of the layer.
+
+        Raises:
+            RuntimeError: The layer was not bound.
+
+        """
         if self.may_group(self.plan) and not self.is_bound:
             raise RuntimeError(f"{layer} was not bound to its rotation after the model was loaded.")
         is_quantized = self.kv_cache_dtype.startswith("fp8")
@@ -240,9 +246,9 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
             raise NotImplementedError("Self-Extend does not write quantized attention output.")
         if attn_metadata is None:
             return output.zero_()
-        params = self._params(layer)
+        kernels = self._layer_kernels(layer)
         num_tokens, batch = attn_metadata.num_actual_tokens, attn_metadata.batch
         if not self.shares_kv_cache and key is not None and value is not None:
-            self.kernels.store_kv(key[:num_tokens], value[:num_tokens], kv_cache, batch, params)
-        self.kernels.attention(query[:num_tokens], kv_cache, batch, params, output[:num_tokens])
+            kernels.store(key[:num_tokens], value[:num_tokens], kv_cache, batch)
+        kernels.attend(query[:num_tokens], kv_cache, batch, output[:num_tokens])
         return output

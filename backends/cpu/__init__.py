@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..interface import AttentionBatch, AttentionParams
+from ..interface import AttentionBatch, AttentionParams, Kernels, LayerKernels
 
 
 def _register_operators() -> None:
@@ -78,75 +78,54 @@ _store_kv_layer, _attention_layer = _layer_arguments(_store_kv), _layer_argument
 INSTRUCTION_SETS: list[str] = torch.ops.vllm_selfextend_cpu.instruction_sets()
 """What this machine can run, best first."""
 
-instruction_set = INSTRUCTION_SETS[0]
-"""What runs."""
-
 _HEAD_SIZE_STEP, _MAX_HEAD_SIZE = torch.ops.vllm_selfextend_cpu.head_sizes()
 
-IS_CAPTURABLE = False
-CACHE_LAYOUT = "cpu-2"
-VARIANT = instruction_set
-"""See `interface.Kernels`."""
+
+class CPUKernels(Kernels):
+    """The kernels with the vector code of one instruction set. See `interface.Kernels`."""
+
+    CACHE_LAYOUT = "cpu-2"
+
+    def __init__(self, instruction_set: str) -> None:
+        self.VARIANT = instruction_set
+
+    def unsupported_device(self, device: torch.device, capability: tuple[int, int] | None) -> str | None:
+        """See `interface.Kernels.unsupported_device`."""
+        return None if device.type == "cpu" else "they run on CPUs"
+
+    def unsupported_head_size(self, head_size: int) -> str | None:
+        """See `interface.Kernels.unsupported_head_size`."""
+        if head_size % _HEAD_SIZE_STEP == 0 and head_size <= _MAX_HEAD_SIZE:
+            return None
+        return f"they take multiples of {_HEAD_SIZE_STEP} up to {_MAX_HEAD_SIZE}"
+
+    def prepare(self, params: AttentionParams) -> "CPULayer":
+        """See `interface.Kernels.prepare`."""
+        return CPULayer(params, self.VARIANT)
 
 
-def unsupported_device(device: torch.device, capability: tuple[int, int] | None) -> str | None:
-    """See `interface.Kernels.unsupported_device`."""
-    return None if device.type == "cpu" else "they run on CPUs"
+KERNELS = CPUKernels(INSTRUCTION_SETS[0])
 
 
-def unsupported_head_size(head_size: int) -> str | None:
-    """See `interface.Kernels.unsupported_head_size`."""
-    if head_size % _HEAD_SIZE_STEP == 0 and head_size <= _MAX_HEAD_SIZE:
-        return None
-    return f"they take multiples of {_HEAD_SIZE_STEP} up to {_MAX_HEAD_SIZE}"
+class CPULayer(LayerKernels):
+    """See `interface.LayerKernels`."""
 
+    def __init__(self, params: AttentionParams, instruction_set: str) -> None:
+        sizes, rotation = params.group_sizes, params.rotation
+        self._store = instruction_set, *_store_kv_layer(params)
+        self._attend = (
+            sizes and sizes.eighths,
+            rotation and rotation.cos_sin,
+            bool(rotation and rotation.interleaved),
+            instruction_set,
+            *_attention_layer(params),
+        )
 
-def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
-    """See `interface.Kernels.workspace_size`."""
-    return 0
+    def store(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
+        """See `interface.LayerKernels.store`."""
+        _store_kv(key, value, kv_cache, batch.slot_mapping, *self._store)
 
-
-def warm_up(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    params: AttentionParams,
-    out: torch.Tensor,
-) -> None:
-    """Nothing is compiled; see `interface.Kernels.warm_up`."""
-
-
-def store_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    batch: AttentionBatch,
-    params: AttentionParams,
-) -> None:
-    """See `interface.Kernels.store_kv`."""
-    _store_kv(key, value, kv_cache, batch.slot_mapping, instruction_set, *_store_kv_layer(params))
-
-
-def attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    batch: AttentionBatch,
-    params: AttentionParams,
-    out: torch.Tensor,
-) -> None:
-    """See `interface.Kernels.attention`."""
-    sizes, rotation = params.group_sizes, params.rotation
-    _attention(
-        query,
-        kv_cache,
-        batch.query_start_loc,
-        batch.seq_lens,
-        batch.block_table,
-        out,
-        sizes and sizes.eighths,
-        rotation and rotation.cos_sin,
-        bool(rotation and rotation.interleaved),
-        instruction_set,
-        *_attention_layer(params),
-    )
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
+        """See `interface.LayerKernels.attend`."""
+        lengths = batch.query_start_loc, batch.seq_lens, batch.block_table
+        _attention(query, kv_cache, *lengths, out, *self._attend)

@@ -13,14 +13,9 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}. pip install triton") from error
 
-from ..interface import AttentionBatch, AttentionParams
-from . import launches
+from ..interface import AttentionParams, Kernels
+from .launches import TritonLayer, workspace_size
 from .tiles import find_device
-
-IS_CAPTURABLE = True
-CACHE_LAYOUT = "triton-2"
-VARIANT = f"Triton {triton.__version__}"
-"""See `interface.Kernels`."""
 
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether `TRITON_INTERPRET` was set when the kernels were defined."""
@@ -31,58 +26,33 @@ LOWEST_CAPABILITY = (8, 0)
 MAX_HEAD_SIZE = 256
 
 
-def unsupported_device(device: torch.device, capability: tuple[int, int] | None) -> str | None:
-    """See `interface.Kernels.unsupported_device`."""
-    if device.type == "cpu" and not IS_INTERPRETED:
-        return "on a CPU they run under TRITON_INTERPRET=1 only"
-    if capability is not None and capability < LOWEST_CAPABILITY:
-        needed, found = (".".join(map(str, version)) for version in (LOWEST_CAPABILITY, capability))
-        return f"they need a compute capability of {needed} (Ampere) or more, and this GPU's is {found}"
-    return None
+class TritonKernels(Kernels):
+    """See `interface.Kernels`."""
+
+    IS_CAPTURABLE = True
+    CACHE_LAYOUT = "triton-2"
+    VARIANT = f"Triton {triton.__version__}"
+
+    def unsupported_device(self, device: torch.device, capability: tuple[int, int] | None) -> str | None:
+        """See `interface.Kernels.unsupported_device`."""
+        if device.type == "cpu" and not IS_INTERPRETED:
+            return "on a CPU they run under TRITON_INTERPRET=1 only"
+        if capability is not None and capability < LOWEST_CAPABILITY:
+            needed, found = (".".join(map(str, version)) for version in (LOWEST_CAPABILITY, capability))
+            return f"they need a compute capability of {needed} (Ampere) or more, and this GPU's is {found}"
+        return None
+
+    def unsupported_head_size(self, head_size: int) -> str | None:
+        """See `interface.Kernels.unsupported_head_size`."""
+        return None if head_size <= MAX_HEAD_SIZE else f"they take sizes up to {MAX_HEAD_SIZE}"
+
+    def workspace_size(self, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
+        """See `interface.Kernels.workspace_size`."""
+        return workspace_size(num_heads, num_kv_heads, head_size, find_device(device))
+
+    def prepare(self, params: AttentionParams) -> TritonLayer:
+        """See `interface.Kernels.prepare`."""
+        return TritonLayer(params)
 
 
-def unsupported_head_size(head_size: int) -> str | None:
-    """See `interface.Kernels.unsupported_head_size`."""
-    return None if head_size <= MAX_HEAD_SIZE else f"they take sizes up to {MAX_HEAD_SIZE}"
-
-
-def workspace_size(num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
-    """See `interface.Kernels.workspace_size`."""
-    return launches.workspace_size(num_heads, num_kv_heads, head_size, find_device(device))
-
-
-def warm_up(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    params: AttentionParams,
-    out: torch.Tensor,
-) -> None:
-    """See `interface.Kernels.warm_up`."""
-    kv_cache = launches.as_stored(kv_cache)
-    launches.store_layer(key, value, kv_cache, params)
-    launches.attention_layer(query, kv_cache, out, params)
-
-
-def store_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    batch: AttentionBatch,
-    params: AttentionParams,
-) -> None:
-    """See `interface.Kernels.store_kv`."""
-    launches.store_launch(key, value, kv_cache, batch, params)()
-
-
-def attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    batch: AttentionBatch,
-    params: AttentionParams,
-    out: torch.Tensor,
-) -> None:
-    """See `interface.Kernels.attention`."""
-    for launch in launches.attention_launches(query, kv_cache, batch, params, out):
-        launch()
+KERNELS = TritonKernels()

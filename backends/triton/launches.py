@@ -1,16 +1,17 @@
 """What a call launches: which kernels, on what grid, with what. It follows from shapes and from the layer alone.
 
-What depends on the layer alone is worked out, and all its kernels are compiled, at its first call or by `warm_up`.
+What depends on the layer alone is worked out, and all its kernels are compiled, at the first call with tensors that lie
+in memory in one way, or by `warm_up`.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from ..interface import AttentionBatch, AttentionParams
+from ..interface import AttentionBatch, AttentionParams, LayerKernels
 from .attention import attention_kernel, merge_kernel
 from .store import store_kernel
 from .tiles import Device, Tiles, decode_tiles, find_device, prefill_tiles
@@ -85,17 +86,6 @@ def _most_programs(rows: int, device: Device) -> int:
     return wanted * max(2, 128 // rows)
 
 
-Made = TypeVar("Made")
-
-
-def once(params: AttentionParams, key: Hashable, make: Callable[[], Made]) -> Made:
-    """What `make` makes, at the first call with a layer and a key."""
-    made: Made | None = params.prepared.get(key)
-    if made is None:
-        made = params.prepared[key] = make()
-    return made
-
-
 def layout(x: torch.Tensor) -> tuple[Any, ...]:
     """How queries, keys, values or outputs lie in memory, as far as a kernel is specialised on it.
 
@@ -115,8 +105,8 @@ def cache_layout(kv_cache: torch.Tensor) -> tuple[Any, ...]:
     return kv_cache.dtype, kv_cache.shape[2], *kv_cache.stride()[:3], kv_cache.data_ptr() % 16 == 0
 
 
-class StoreLayer:
-    """What `store_kv` launches for a layer."""
+class StoreKernels:
+    """What `TritonLayer.store` launches, for tensors that lie in memory in one way."""
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, params: AttentionParams) -> None:
         num_kv_heads, head_size = key.shape[1:]
@@ -140,27 +130,8 @@ class StoreLayer:
         self.kernel.compile(key, value, kv_cache, torch.empty(2, dtype=torch.int64, device=key.device))
 
 
-def store_layer(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, params: AttentionParams) -> StoreLayer:
-    """What `store_kv` launches for a layer, made at its first call."""
-    layouts = ("store", layout(key), layout(value), cache_layout(kv_cache))
-    return once(params, layouts, lambda: StoreLayer(key, value, kv_cache, params))
-
-
-def store_launch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_cache: torch.Tensor,
-    batch: AttentionBatch,
-    params: AttentionParams,
-) -> Launch:
-    """The launch that `store_kv` makes."""
-    kv_cache = as_stored(kv_cache)
-    layer = store_layer(key, value, kv_cache, params)
-    return Launch(layer.kernel, (key.shape[0], layer.num_blocks, 1), (key, value, kv_cache, batch.slot_mapping))
-
-
-class AttentionLayer:
-    """What `attention` launches for a layer."""
+class AttentionKernels:
+    """What `TritonLayer.attend` launches, for tensors that lie in memory in one way."""
 
     def __init__(
         self,
@@ -238,79 +209,103 @@ class AttentionLayer:
         return max(wanted, long), wanted
 
 
-def attention_layer(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    out: torch.Tensor,
-    params: AttentionParams,
-    device: Device | None = None,
-) -> AttentionLayer:
-    """What `attention` launches for a layer, made at its first call; `device` is the tensors' if it is not given."""
-    layouts = ("attention", layout(query), layout(out), cache_layout(kv_cache))
-    return once(
-        params,
-        layouts,
-        lambda: AttentionLayer(query, kv_cache, out, params, device or find_device(query.device)),
-    )
+class TritonLayer(LayerKernels):
+    """See `interface.LayerKernels`.
 
-
-def attention_launches(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    batch: AttentionBatch,
-    params: AttentionParams,
-    out: torch.Tensor,
-    device: Device | None = None,
-) -> Iterator[Launch]:
-    """The launches that `attention` makes, in their order.
-
-    Args:
-        query: As of `interface.Kernels.attention`, like what follows.
-        kv_cache: Read.
-        batch: The step's requests.
-        params: The layer.
-        out: Written.
-        device: What the launches will run on, if not what the tensors are on.
-
-    Raises:
-        ValueError: `batch.workspace` is too small.
+    Attributes:
+        made: Its kernels, by how the tensors lie that they are compiled for.
 
     """
-    if batch.max_query_len == 0:  # padding only: this rank has no requests, others have
-        return
-    kv_cache = as_stored(kv_cache)
-    layer = attention_layer(query, kv_cache, out, params, device)
-    num_tokens, num_heads, head_size = query.shape
-    num_reqs, max_query_len = batch.seq_lens.shape[0], batch.max_query_len
-    lengths, table = (batch.query_start_loc, batch.seq_lens), batch.block_table
-    is_decode = max_query_len <= MAX_DECODE_LEN
-    decode_len = max_query_len if is_decode else layer.decode_tokens
-    # A request alone is either a decode or a prefill.
-    if is_decode or num_reqs > 1:
-        num_blocks = num_reqs * cdiv(decode_len, layer.decode_tokens)
-        num_splits, wanted = layer.num_splits(num_blocks, batch.max_seq_len)
-        numbers = (num_reqs, decode_len, wanted, table.stride(0))
-        workspace = None
-        if num_splits > 1:
-            num_rows = num_blocks * layer.num_kv_heads * num_splits * layer.decode_rows
-            workspace = _checked(batch.workspace, num_rows * (head_size + 2), query.device)
-        yield Launch(
-            layer.decode if workspace is None else layer.split_decode,
-            (num_blocks, layer.num_kv_heads, num_splits),
-            (query, kv_cache, out, workspace, *lengths, table, *numbers),
-        )
-        if workspace is not None:
-            step = (out, workspace, *lengths, decode_len, wanted, num_splits)
-            yield Launch(layer.merge, (num_reqs * decode_len, num_heads, 1), step)
-    if not is_decode:
-        if num_reqs == 1:
-            decode_len = 0
-        numbers = (num_reqs, decode_len, 1, table.stride(0))
-        yield Launch(
-            layer.prefill,
-            (num_tokens // layer.prefill_tokens + num_reqs, layer.num_kv_heads, 1),
-            (query, kv_cache, out, None, *lengths, table, *numbers),
-        )
+
+    def __init__(self, params: AttentionParams, device: Device | None = None) -> None:
+        """`device` is what the launches will run on, if not what the tensors are on."""
+        self._params, self._device = params, device
+        self.made: dict[Hashable, StoreKernels | AttentionKernels] = {}
+
+    def warm_up(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """See `interface.LayerKernels.warm_up`."""
+        kv_cache = as_stored(kv_cache)
+        self._store_kernels(key, value, kv_cache)
+        self._attention_kernels(query, kv_cache, out)
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
+        """See `interface.LayerKernels.store`."""
+        self.store_launch(key, value, kv_cache, batch)()
+
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
+        """See `interface.LayerKernels.attend`."""
+        for launch in self.attention_launches(query, kv_cache, batch, out):
+            launch()
+
+    def store_launch(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch
+    ) -> Launch:
+        """The launch that `store` makes."""
+        kv_cache = as_stored(kv_cache)
+        kernels = self._store_kernels(key, value, kv_cache)
+        return Launch(kernels.kernel, (key.shape[0], kernels.num_blocks, 1), (key, value, kv_cache, batch.slot_mapping))
+
+    def attention_launches(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor
+    ) -> Iterator[Launch]:
+        """The launches that `attend` makes, in their order.
+
+        Raises:
+            ValueError: `batch.workspace` is too small.
+
+        """
+        if batch.max_query_len == 0:  # padding only: this rank has no requests, others have
+            return
+        kv_cache = as_stored(kv_cache)
+        kernels = self._attention_kernels(query, kv_cache, out)
+        num_tokens, num_heads, head_size = query.shape
+        num_reqs, max_query_len = batch.seq_lens.shape[0], batch.max_query_len
+        lengths, table = (batch.query_start_loc, batch.seq_lens), batch.block_table
+        is_decode = max_query_len <= MAX_DECODE_LEN
+        decode_len = max_query_len if is_decode else kernels.decode_tokens
+        # A request alone is either a decode or a prefill.
+        if is_decode or num_reqs > 1:
+            num_blocks = num_reqs * cdiv(decode_len, kernels.decode_tokens)
+            num_splits, wanted = kernels.num_splits(num_blocks, batch.max_seq_len)
+            numbers = (num_reqs, decode_len, wanted, table.stride(0))
+            workspace = None
+            if num_splits > 1:
+                num_rows = num_blocks * kernels.num_kv_heads * num_splits * kernels.decode_rows
+                workspace = _checked(batch.workspace, num_rows * (head_size + 2), query.device)
+            yield Launch(
+                kernels.decode if workspace is None else kernels.split_decode,
+                (num_blocks, kernels.num_kv_heads, num_splits),
+                (query, kv_cache, out, workspace, *lengths, table, *numbers),
+            )
+            if workspace is not None:
+                step = (out, workspace, *lengths, decode_len, wanted, num_splits)
+                yield Launch(kernels.merge, (num_reqs * decode_len, num_heads, 1), step)
+        if not is_decode:
+            if num_reqs == 1:
+                decode_len = 0
+            numbers = (num_reqs, decode_len, 1, table.stride(0))
+            yield Launch(
+                kernels.prefill,
+                (num_tokens // kernels.prefill_tokens + num_reqs, kernels.num_kv_heads, 1),
+                (query, kv_cache, out, None, *lengths, table, *numbers),
+            )
+
+    def _store_kernels(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor) -> StoreKernels:
+        found = layout(key), layout(value), cache_layout(kv_cache)
+        kernels = self.made.get(found)
+        if not isinstance(kernels, StoreKernels):
+            kernels = self.made[found] = StoreKernels(key, value, kv_cache, self._params)
+        return kernels
+
+    def _attention_kernels(self, query: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor) -> AttentionKernels:
+        found = "attend", layout(query), layout(out), cache_layout(kv_cache)
+        kernels = self.made.get(found)
+        if not isinstance(kernels, AttentionKernels):
+            device = self._device or find_device(query.device)
+            kernels = self.made[found] = AttentionKernels(query, kv_cache, out, self._params, device)
+        return kernels
 
 
 def _checked(workspace: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:

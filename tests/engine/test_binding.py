@@ -121,7 +121,7 @@ def test_sinks_and_scales_are_read_where_they_are_stored(checkpoint: Callable, s
     layers = [layer for layer in layers if isinstance(layer, Attention)]
     assert layers
     for layer in layers:
-        params = layer.impl.params
+        params = layer.impl.params(layer)
         assert params.sinks.data_ptr() == layer.impl.sinks.data_ptr()
         assert (params.k_scale.data_ptr(), params.v_scale.data_ptr()) == tuple(
             scale.data_ptr() for scale in (layer._k_scale, layer._v_scale)

@@ -130,7 +130,7 @@ def test_weights_and_activations_in_int8(start_engine: Callable, tmp_path: Path)
     )
     llm = start_engine(in_int8, attention_backend="CUSTOM", max_model_len=2048, **settings)
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    checked = [CheckedKernels(layer.impl) for layer in layers]
+    checked = [CheckedKernels(layer) for layer in layers]
     short, *_ = scores(llm, keys)
     assert checked
     assert all(one.longest > 1900 for one in checked)
@@ -145,22 +145,21 @@ class CheckedKernels:
     It is to the same queries, keys and values, so that no rounding but the kernels' own comes between the two.
     """
 
-    def __init__(self, impl: Any) -> None:
-        self.kernels, self.cache, self.longest = impl.kernels, torch.empty(0), 0
-        impl.kernels = self
+    def __init__(self, layer: Any) -> None:
+        self.kernels, self.cache, self.longest = layer.impl.layer_kernels, torch.empty(0), 0
+        self.reference = reference.KERNELS.prepare(layer.impl.params(layer))
+        layer.impl.layer_kernels = self
 
-    def store_kv(self, key: Any, value: Any, kv_cache: torch.Tensor, *step: Any) -> None:
+    def store(self, key: Any, value: Any, kv_cache: torch.Tensor, batch: Any) -> None:
         if self.cache.shape != kv_cache.shape:
             self.cache = torch.zeros_like(kv_cache)
-        self.kernels.store_kv(key, value, kv_cache, *step)
-        reference.store_kv(key, value, self.cache, *step)
+        self.kernels.store(key, value, kv_cache, batch)
+        self.reference.store(key, value, self.cache, batch)
 
-    def attention(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, batch: Any, params: Any, out: torch.Tensor
-    ) -> None:
-        self.kernels.attention(query, kv_cache, batch, params, out)
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: Any, out: torch.Tensor) -> None:
+        self.kernels.attend(query, kv_cache, batch, out)
         wanted = torch.empty_like(out)
-        reference.attention(query, self.cache, batch, params, wanted)
+        self.reference.attend(query, self.cache, batch, wanted)
         allowed = TOLERANCE[out.dtype] * float(wanted.abs().max())
         torch.testing.assert_close(out, wanted, atol=allowed, rtol=0.0)
         self.longest = max(self.longest, int(batch.seq_lens.max()))

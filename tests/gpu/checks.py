@@ -164,7 +164,7 @@ def make(check: Check, kernels: Kernels, device: torch.device) -> Result:
     except Exception as error:  # a kernel that cannot be compiled or launched is a finding, and the other cases go on
         return Result(check, nothing, nothing, f"{type(error).__name__}: {error}")
     in_fp8 = numbers.cache_dtype if numbers.cache_dtype == torch.uint8 else None
-    wanted = run(reference, problem, torch.float64, in_fp8)
+    wanted = run(reference.KERNELS, problem, torch.float64, in_fp8)
     difference = first.double() - wanted
     most, norm = float(difference.abs().max()), float(difference.norm() / wanted.norm())
     found = []
@@ -204,8 +204,8 @@ def replay(step: Step) -> torch.Tensor:
     out = torch.empty_like(query)
 
     def call() -> None:
-        kernels.store_kv(key, value, kv_cache, held, step.params)
-        kernels.attention(query, kv_cache, held, step.params, out)
+        step.layer.store(key, value, kv_cache, held)
+        step.layer.attend(query, kv_cache, held, out)
 
     play = capture([call])
     for name in ("query_start_loc", "seq_lens", "block_table", "slot_mapping"):

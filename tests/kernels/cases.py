@@ -221,11 +221,12 @@ class Step:
         shape = num_blocks, case.num_kv_heads, case.block_size, 2 * case.head_size
         self.kv_cache = torch.full(shape, nothing, device=device).to(cache_dtype)
         self.params = case.params(torch.float64 if dtype == torch.float64 else torch.float32, device)
+        self.layer = kernels.prepare(self.params)
 
         old = [(0, seq_len - query_len) for query_len, seq_len in case.requests]
         new = [(seq_len - query_len, seq_len) for query_len, seq_len in case.requests]
         key, value = self._tokens(problem.keys, old, turned=True), self._tokens(problem.values, old, turned=False)
-        kernels.store_kv(key, value, self.kv_cache, self._batch(old), self.params)
+        self.layer.store(key, value, self.kv_cache, self._batch(old))
         self.key, self.value = (
             self._tokens(problem.keys, new, turned=True),
             self._tokens(problem.values, new, turned=False),
@@ -236,12 +237,12 @@ class Step:
 
     def store(self) -> None:
         """Store the new tokens."""
-        self.kernels.store_kv(self.key, self.value, self.kv_cache, self.batch, self.params)
+        self.layer.store(self.key, self.value, self.kv_cache, self.batch)
 
     def attend(self) -> torch.Tensor:
         """The kernels' answer."""
         out = torch.full_like(self.query, float("nan"))
-        self.kernels.attention(self.query, self.kv_cache, self.asked, self.params, out)
+        self.layer.attend(self.query, self.kv_cache, self.asked, out)
         return out
 
     def _batch(self, spans: list[tuple[int, int]], workspace: torch.Tensor | None = None) -> AttentionBatch:

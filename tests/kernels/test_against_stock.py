@@ -99,8 +99,8 @@ def test_error_is_no_more_than_twice_that_of_vllms_kernel(batch: str, heads: tup
     ordinary = Case(**{**vars(case), "group_size": 1, "exact_len": 0})
     # What bfloat16 holds, float16 and float32 hold too.
     problem, ordinary_problem = Problem.of(case, torch.bfloat16), Problem.of(ordinary, torch.bfloat16)
-    wanted = run(reference, problem, torch.float64)
-    ordinary_wanted = run(reference, ordinary_problem, torch.float64) if case != ordinary else wanted
+    wanted = run(reference.KERNELS, problem, torch.float64)
+    ordinary_wanted = run(reference.KERNELS, ordinary_problem, torch.float64) if case != ordinary else wanted
     for dtype in DTYPES:
         allowed = 2 * max(error(stock(ordinary_problem, dtype), ordinary_wanted), ROUNDING[dtype])
         for name in cpu.INSTRUCTION_SETS:

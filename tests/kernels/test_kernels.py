@@ -18,7 +18,7 @@ from vllm_selfextend.backends.limits import MAX_POSITIONS
 from vllm_selfextend.positions import largest_auto_window
 
 from .cases import TOLERANCE, Case, Problem, Step, expected, run
-from .cpu_kernels import KERNELS, CPUKernels
+from .cpu_kernels import KERNELS
 
 HEADS = [(4, 4), (8, 2), (9, 3), (4, 1)]
 BATCHES = {
@@ -153,7 +153,7 @@ def test_random_cases_of_the_reference(case: Case) -> None:
 def test_random_cases(case: Case, dtype: torch.dtype) -> None:
     # The reference, proved above, is the faster oracle.
     problem = Problem.of(case, dtype)
-    wanted = run(reference, problem, torch.float64)
+    wanted = run(reference.KERNELS, problem, torch.float64)
     for name in cpu.INSTRUCTION_SETS:
         got = run(KERNELS[name], problem, dtype).double()
         torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=0.0)
@@ -166,7 +166,7 @@ def test_a_cache_of_another_dtype(name: str, dtype: torch.dtype, cache_dtype: to
     case = Case(BATCHES["mixed"], exact_len=64, kv_scales=(0.5, 0.25) if cache_dtype != torch.bfloat16 else (1.0, 1.0))
     problem = Problem.of(case, dtype)
     # Both round keys and values in the same way.
-    wanted = run(reference, problem, dtype, cache_dtype).double()
+    wanted = run(reference.KERNELS, problem, dtype, cache_dtype).double()
     got = run(KERNELS[name], problem, dtype, cache_dtype).double()
     torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=0.0)
     # And fp8 is as close to the truth as three bits of mantissa can be.
@@ -196,7 +196,7 @@ def test_every_number_is_stored_as_torch_rounds_it_and_read_back(name: str, dtyp
         max_query_len=1,
         max_seq_len=1,
     )
-    KERNELS[name].store_kv(numbers, numbers, kv_cache, batch, AttentionParams(1.0))
+    KERNELS[name].prepare(AttentionParams(1.0)).store(numbers, numbers, kv_cache, batch)
     # A block's interior: keys in panels of 16 keys, then values in panels of 16 dimensions.
     keys, values = kv_cache.view(torch.uint8).view(num_blocks, -1).view(dtype).float().chunk(2, dim=1)
     wanted = numbers.clamp(-448.0, 448.0) if dtype == torch.float8_e4m3fn else numbers
@@ -215,7 +215,7 @@ def test_every_number_is_stored_as_torch_rounds_it_and_read_back(name: str, dtyp
         max_query_len=1,
         max_seq_len=1,
     )
-    KERNELS[name].attention(query, kv_cache, alone, AttentionParams(1.0), out)
+    KERNELS[name].prepare(AttentionParams(1.0)).attend(query, kv_cache, alone, out)
     assert out.view(-1, 512).equal(wanted[first])
 
 
@@ -231,7 +231,7 @@ def test_a_repeated_run_repeats_every_bit(name: str, threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(first.equal(other) for other in others)
-    torch.testing.assert_close(first.double(), run(reference, problem, torch.float64), atol=2e-5, rtol=0.0)
+    torch.testing.assert_close(first.double(), run(reference.KERNELS, problem, torch.float64), atol=2e-5, rtol=0.0)
 
 
 def test_a_group_size_of_many_phases() -> None:
@@ -241,12 +241,13 @@ def test_a_group_size_of_many_phases() -> None:
         check(name, case, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["reference", *KERNELS])
+@pytest.mark.parametrize("name", KERNELS)
 def test_padding_requests(name: str) -> None:
     """A request of no tokens, new in the cache or not: vLLM pads a batch with them."""
     problem = Problem.of(Case(((0, 0), (1, 70), (0, 0), (5, 90), (0, 33))), torch.float32)
-    kernels = reference if name == "reference" else KERNELS[name]
-    torch.testing.assert_close(run(kernels, problem, torch.float32).double(), expected(problem), atol=2e-5, rtol=0.0)
+    torch.testing.assert_close(
+        run(KERNELS[name], problem, torch.float32).double(), expected(problem), atol=2e-5, rtol=0.0
+    )
 
 
 def test_nan_reaches_the_output() -> None:
@@ -282,12 +283,12 @@ def test_negative_slots_are_not_stored(kernels: str) -> None:
     key = torch.ones(3, case.num_kv_heads, case.head_size)
     kv_cache = torch.zeros(2, case.num_kv_heads, case.block_size, 2 * case.head_size)
     batch = three_tokens(slot_mapping=torch.tensor([16, -1, 17]))
-    KERNELS[kernels].store_kv(key, key, kv_cache, batch, case.params())
+    KERNELS[kernels].prepare(case.params()).store(key, key, kv_cache, batch)
     assert kv_cache[0].abs().sum() == 0
     assert kv_cache[1].count_nonzero() == 2 * 2 * key[0].numel(), "two tokens' keys and values"
 
 
-@pytest.mark.parametrize("kernels", [reference, *KERNELS.values()], ids=["reference", *KERNELS])
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=list(KERNELS))
 def test_sinks_and_scales_may_change_in_place(kernels: Kernels) -> None:
     check_changes_in_place(kernels)
 
@@ -304,11 +305,13 @@ def check_changes_in_place(kernels: Kernels) -> None:
     step, fresh = (Step(kernels, problem, torch.bfloat16, torch.uint8) for _ in range(2))
     names = ("sinks", "k_scale", "v_scale")
     step.params = replace(step.params, sinks=step.params.sinks.bfloat16())
+    step.layer = kernels.prepare(step.params)
     before = answer(step)
     for name in names:
         getattr(step.params, name).mul_(2.0)
     after = answer(step)
     fresh.params = replace(step.params, **{name: getattr(step.params, name).float() + 0.0 for name in names})
+    fresh.layer = kernels.prepare(fresh.params)
     assert after.equal(answer(fresh))
     assert not after.equal(before)
 
@@ -395,7 +398,7 @@ def test_wrong_arguments_of_attention_are_errors(message: str) -> None:
     kv_cache = wrong.pop("kv_cache", torch.zeros(2, 2, 16, 64))
     params = wrong.pop("params", grouping(torch.zeros(100, 32)))
     with pytest.raises(ValueError, match=message):
-        cpu.attention(query, kv_cache, three_tokens(**wrong), params, torch.zeros_like(query))
+        cpu.KERNELS.prepare(params).attend(query, kv_cache, three_tokens(**wrong), torch.zeros_like(query))
 
 
 RANGES = {
@@ -413,7 +416,7 @@ def test_numbers_out_of_their_range_are_errors(name: str) -> None:
         wrong = grouping(torch.zeros(100, 32))
         setattr(wrong, name, value)
         with pytest.raises(ValueError, match=f"{name} is {value}; it must be"):
-            cpu.attention(query, kv_cache, three_tokens(), wrong, torch.empty_like(query))
+            cpu.KERNELS.prepare(wrong).attend(query, kv_cache, three_tokens(), torch.empty_like(query))
 
 
 SLIDES = {"sliding_window": MAX_POSITIONS}
@@ -427,10 +430,11 @@ def test_the_largest_numbers(kernels: str) -> None:
 
 def test_wrong_arguments_of_store_are_errors() -> None:
     key, kv_cache, params = torch.zeros(3, 2, 32), torch.zeros(2, 2, 16, 64), AttentionParams(1.0)
+    slots = torch.tensor([0, 1, 32])
     with pytest.raises(ValueError, match="slot_mapping names slot 32; the cache has 32"):
-        cpu.store_kv(key, key, kv_cache, three_tokens(slot_mapping=torch.tensor([0, 1, 32])), params)
+        cpu.KERNELS.prepare(params).store(key, key, kv_cache, three_tokens(slot_mapping=slots))
     with pytest.raises(ValueError, match="instruction_set is 'mmx'; this machine runs"):
-        CPUKernels("mmx").store_kv(key, key, kv_cache, three_tokens(), params)
+        cpu.CPUKernels("mmx").prepare(params).store(key, key, kv_cache, three_tokens())
 
 
 INSTALLED_TORCH = ".".join(torch.__version__.split(".")[:2])

@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ LENGTHS = [n + more for n in (16, 32, 48, 64, 128) for more in (-1, 0, 1)]
 
 def check(case: Case, dtype: torch.dtype) -> None:
     problem = Problem.of(case, dtype)
-    got = run(triton, problem, dtype).double()
+    got = run(triton.KERNELS, problem, dtype).double()
     torch.testing.assert_close(got, expected(problem), atol=TOLERANCE[dtype], rtol=0.0)
 
 
@@ -100,8 +99,8 @@ def test_an_fp8_cache_with_everything_else(variant: str) -> None:
 def check_fp8(case: Case, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
     problem = Problem.of(case, dtype)
     # Both round keys and values in the same way.
-    wanted = run(reference, problem, dtype, cache_dtype).double()
-    got = run(triton, problem, dtype, cache_dtype).double()
+    wanted = run(reference.KERNELS, problem, dtype, cache_dtype).double()
+    got = run(triton.KERNELS, problem, dtype, cache_dtype).double()
     torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=0.0)
     # And fp8 is as close to the truth as three bits of mantissa can be.
     assert (got - expected(problem)).abs().mean() < 0.05
@@ -121,10 +120,10 @@ def test_fp8_numbers_are_rounded_once(dtype: torch.dtype) -> None:
         max_seq_len=20,
     )
     caches = []
-    for kernels in (reference, triton):
+    for kernels in (reference.KERNELS, triton.KERNELS):
         shape = 2, case.num_kv_heads, case.block_size, 2 * case.head_size
         caches.append(torch.zeros(shape, dtype=torch.uint8))
-        kernels.store_kv(key, value, caches[-1], batch, case.params())
+        kernels.prepare(case.params()).store(key, value, caches[-1], batch)
     assert caches[0].equal(caches[1])
 
 
@@ -145,20 +144,20 @@ def test_every_fp8_number_is_stored_as_torch_rounds_it_and_read_back() -> None:
         max_query_len=1,
         max_seq_len=1,
     )
-    triton.store_kv(numbers, numbers, kv_cache, batch, AttentionParams(1.0))
+    triton.KERNELS.prepare(AttentionParams(1.0)).store(numbers, numbers, kv_cache, batch)
     wanted = numbers.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
     assert kv_cache[:, :, 0].equal(torch.cat([wanted, wanted], -1).view(torch.uint8))
     # A query that sees one key is answered with its value.
     out = torch.empty_like(numbers)
-    triton.attention(torch.zeros_like(numbers), kv_cache, batch, AttentionParams(1.0), out)
+    triton.KERNELS.prepare(AttentionParams(1.0)).attend(torch.zeros_like(numbers), kv_cache, batch, out)
     assert out.equal(wanted.float())
     kv_cache[0, 0, 0, 256] = 0x7F
-    triton.attention(torch.zeros_like(numbers), kv_cache, batch, AttentionParams(1.0), out)
+    triton.KERNELS.prepare(AttentionParams(1.0)).attend(torch.zeros_like(numbers), kv_cache, batch, out)
     assert out[0, 0, 0].isnan()
 
 
 def test_sinks_and_scales_may_change_in_place() -> None:
-    check_changes_in_place(triton)
+    check_changes_in_place(triton.KERNELS)
 
 
 @pytest.mark.parametrize("soft_cap", [1.0, 50.0])
@@ -167,7 +166,7 @@ def test_a_soft_cap_keeps_small_scores_digits(soft_cap: float) -> None:
     problem = Problem.of(case, torch.float32)
     for query in problem.queries:
         query *= 1e-3
-    error = run(triton, problem, torch.float32).double() - run(reference, problem, torch.float64)
+    error = run(triton.KERNELS, problem, torch.float32).double() - run(reference.KERNELS, problem, torch.float64)
     assert error.abs().max() < 1e-6
 
 
@@ -193,7 +192,7 @@ def test_how_many_programs_share_a_context() -> None:
     query, kv_cache = (torch.empty(shape, device="meta") for shape in ((2, 32, 128), (4, 8, 16, 256)))
     hopper = Device(None, 132)
     layer, sliding = (
-        launches.AttentionLayer(query, kv_cache, query, params, hopper)
+        launches.AttentionKernels(query, kv_cache, query, params, hopper)
         for params in (AttentionParams(1.0), AttentionParams(1.0, sliding_window=4096))
     )
     splits = {
@@ -223,11 +222,11 @@ def test_how_many_programs_share_a_context() -> None:
 def test_a_workspace_is_enough_or_an_error() -> None:
     case = Case(((4, 90),))  # so few queries that programs share their context
     problem = Problem.of(case, torch.float32)
-    size = triton.workspace_size(case.num_heads, case.num_kv_heads, case.head_size, torch.device("cpu"))
-    wanted = run(triton, problem, torch.float32)
-    assert run(triton, problem, torch.float32, workspace=torch.full([size], float("nan"))).equal(wanted)
+    size = triton.KERNELS.workspace_size(case.num_heads, case.num_kv_heads, case.head_size, torch.device("cpu"))
+    wanted = run(triton.KERNELS, problem, torch.float32)
+    assert run(triton.KERNELS, problem, torch.float32, workspace=torch.full([size], float("nan"))).equal(wanted)
     with pytest.raises(ValueError, match="workspace holds 100 numbers; this step needs "):
-        run(triton, problem, torch.float32, workspace=torch.zeros(100))
+        run(triton.KERNELS, problem, torch.float32, workspace=torch.zeros(100))
 
 
 @pytest.mark.parametrize("batch", ["decode", "mixed"])
@@ -236,8 +235,8 @@ def test_a_captured_step_replayed(batch: str) -> None:
     problem = Problem.of(Case(BATCHES[batch]), torch.float32)
     num_tokens = sum(query_len for query_len, _ in BATCHES[batch])
     max_query_len = 1 if batch == "decode" else num_tokens + 3
-    wanted = run(triton, problem, torch.float32)
-    got = run(triton, problem, torch.float32, padding=3, max_query_len=max_query_len)
+    wanted = run(triton.KERNELS, problem, torch.float32)
+    got = run(triton.KERNELS, problem, torch.float32, padding=3, max_query_len=max_query_len)
     assert got[num_tokens:].isnan().all(), "padding was written"
     torch.testing.assert_close(got[:num_tokens], wanted, atol=2e-6, rtol=0.0)
 
@@ -256,8 +255,8 @@ def test_a_step_of_padding_only() -> None:
     key, query = torch.ones(3, case.num_kv_heads, case.head_size), torch.ones(3, case.num_heads, case.head_size)
     kv_cache = torch.zeros(2, case.num_kv_heads, case.block_size, 2 * case.head_size)
     out = torch.full_like(query, float("nan"))
-    triton.store_kv(key, key, kv_cache, batch, case.params())
-    triton.attention(query, kv_cache, batch, case.params(), out)
+    triton.KERNELS.prepare(case.params()).store(key, key, kv_cache, batch)
+    triton.KERNELS.prepare(case.params()).attend(query, kv_cache, batch, out)
     assert kv_cache.count_nonzero() == 0
     assert out.isnan().all()
 
@@ -271,19 +270,22 @@ def test_any_strides() -> None:
 
         cache: torch.Tensor | None = None
 
-        def store_kv(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, *rest: Any) -> None:
+        def prepare(self, params: AttentionParams) -> "Strided":
+            self.layer = triton.KERNELS.prepare(params)
+            return self
+
+        def store(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
             if self.cache is None:
                 blocks, *shape = kv_cache.shape
                 self.cache = kv_cache.new_full([2 * blocks, *shape], float("nan"))[::2]
             fused = torch.cat([key, value], dim=2)
             key, value = fused.split(key.shape[2], dim=2)
-            triton.store_kv(key.mT.contiguous().mT, value, self.cache, *rest)
+            self.layer.store(key.mT.contiguous().mT, value, self.cache, batch)
 
-        def attention(self, query: torch.Tensor, kv_cache: torch.Tensor, *rest: Any) -> None:
-            *batch_and_params, out = rest
+        def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
             there = torch.stack([out, out], dim=-1)[..., 1]
             query = query.transpose(0, 1).contiguous().transpose(0, 1)
-            triton.attention(query, self.cache, *batch_and_params, there)
+            self.layer.attend(query, self.cache, batch, there)
             out.copy_(there)
 
     torch.testing.assert_close(run(Strided(), problem, torch.float32).double(), expected(problem), atol=2e-5, rtol=0.0)
@@ -294,14 +296,14 @@ def test_what_slid_out_of_the_window_may_be_anything(has_sinks: bool) -> None:
     problem = Problem.of(Case(SLID, group_size=1, sliding_window=40, has_sinks=has_sinks), torch.float32)
     wanted = expected(problem)
     problem.spoil_unseen()
-    torch.testing.assert_close(run(triton, problem, torch.float32).double(), wanted, atol=2e-5, rtol=0.0)
+    torch.testing.assert_close(run(triton.KERNELS, problem, torch.float32).double(), wanted, atol=2e-5, rtol=0.0)
 
 
 def test_nan_reaches_the_output() -> None:
     problem = Problem.of(Case(((1, 70), (1, 40), (20, 40))), torch.float32)
     problem.keys[0][3] = float("nan")
     problem.keys[2][3] = float("nan")
-    out = run(triton, problem, torch.float32)
+    out = run(triton.KERNELS, problem, torch.float32)
     assert out[0].isnan().all()
     assert not out[1].isnan().any()
     assert out[2:].isnan().all()
@@ -313,8 +315,8 @@ def test_nan_reaches_the_output() -> None:
 def test_random_cases(case: Case, dtype: torch.dtype) -> None:
     problem = Problem.of(case, dtype)
     # The reference, proved in `test_kernels.py`, is the faster oracle.
-    wanted = run(reference, problem, torch.float64)
-    got = run(triton, problem, dtype).double()
+    wanted = run(reference.KERNELS, problem, torch.float64)
+    got = run(triton.KERNELS, problem, dtype).double()
     torch.testing.assert_close(got, wanted, atol=TOLERANCE[dtype], rtol=0.0)
 
 
@@ -322,7 +324,9 @@ def test_negative_slots_are_not_stored() -> None:
     case = Case(((3, 3),))
     key = torch.ones(3, case.num_kv_heads, case.head_size)
     kv_cache = torch.zeros(2, case.num_kv_heads, case.block_size, 2 * case.head_size)
-    triton.store_kv(key, key, kv_cache, three_tokens(slot_mapping=torch.tensor([16, -1, 17])), case.params())
+    triton.KERNELS.prepare(case.params()).store(
+        key, key, kv_cache, three_tokens(slot_mapping=torch.tensor([16, -1, 17]))
+    )
     assert kv_cache[0].count_nonzero() == 0
     assert kv_cache[1, :, 2:].count_nonzero() == 0
     assert kv_cache[1, :, :2].count_nonzero() > 0

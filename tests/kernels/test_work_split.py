@@ -46,7 +46,7 @@ def longest_over_mean(step: list[tuple[int, int]], threads: int, heads: tuple[in
     starts = torch.tensor([0, *itertools.accumulate(query_len for query_len, _ in step)], dtype=torch.int32)
     lens = torch.tensor([seq_len for _, seq_len in step], dtype=torch.int32)
     split = torch.ops.vllm_selfextend_cpu.work_split.default
-    items, merges = split(starts, lens, *heads, 0, cpu.instruction_set, threads)
+    items, merges = split(starts, lens, *heads, 0, cpu.KERNELS.VARIANT, threads)
     attending = thread_times((item_time(*item) for item in items.tolist()), threads)
     merging = thread_times((merge_time(*merge, heads[2]) for merge in merges.tolist()), threads)
     # Merges begin when all items are done.
@@ -66,8 +66,8 @@ def test_every_row_and_key_is_in_one_item() -> None:
     step = [(1, 9000), (70, 70), (512, 8704)]
     starts, lens = torch.tensor([0, 1, 71, 583], dtype=torch.int32), torch.tensor([9000, 70, 8704], dtype=torch.int32)
     split = torch.ops.vllm_selfextend_cpu.work_split.default
-    whole, none = split(starts, lens, 32, 8, 128, 0, cpu.instruction_set, 1)
-    parts, merges = split(starts, lens, 32, 8, 128, 0, cpu.instruction_set, 64)
+    whole, none = split(starts, lens, 32, 8, 128, 0, cpu.KERNELS.VARIANT, 1)
+    parts, merges = split(starts, lens, 32, 8, 128, 0, cpu.KERNELS.VARIANT, 64)
     assert len(none) == 0
     assert len(merges) > 0
     assert len(parts) > len(whole)
@@ -79,4 +79,4 @@ def test_every_row_and_key_is_in_one_item() -> None:
 def test_what_does_not_fit_is_an_error() -> None:
     split = torch.ops.vllm_selfextend_cpu.work_split.default
     with pytest.raises(ValueError, match="must be int32, and the first longer by one"):
-        split(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 8, 8, 64, 0, cpu.instruction_set, 2)
+        split(torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 8, 8, 64, 0, cpu.KERNELS.VARIANT, 2)

@@ -13,17 +13,17 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_auto_is_the_native_kernels_on_a_cpu() -> None:
-    assert choose_kernels("auto", CPU) == ("cpu", cpu, {})
+    assert choose_kernels("auto", CPU) == ("cpu", cpu.KERNELS, {})
 
 
 def test_auto_is_triton_on_a_gpu_and_pytorch_elsewhere() -> None:
-    assert choose_kernels("auto", CUDA) == ("triton", triton, {})
-    assert choose_kernels("auto", torch.device("xpu")) == ("reference", reference, {})
+    assert choose_kernels("auto", CUDA) == ("triton", triton.KERNELS, {})
+    assert choose_kernels("auto", torch.device("xpu")) == ("reference", reference.KERNELS, {})
 
 
 def test_names_are_taken_at_their_word() -> None:
-    assert load_kernels("reference") is reference
-    assert load_kernels("cpu") is cpu
+    assert load_kernels("reference") is reference.KERNELS
+    assert load_kernels("cpu") is cpu.KERNELS
     assert choose_kernels("reference", CUDA).name == "reference"
 
 
@@ -43,7 +43,7 @@ def test_without_a_compiler_at_install_pytorch_serves(monkeypatch: pytest.Monkey
         raise ImportError("No module named '_kernels'")
 
     monkeypatch.setitem(backends.KERNEL_SETS, "cpu", KernelSet(missing, "cpu"))
-    assert choose_kernels("auto", CPU) == ("reference", reference, {"cpu": "No module named '_kernels'"})
+    assert choose_kernels("auto", CPU) == ("reference", reference.KERNELS, {"cpu": "No module named '_kernels'"})
     with pytest.raises(RuntimeError, match=r"cannot be loaded: No module named '_kernels'; or set kernel to 'refer"):
         choose_kernels("cpu", CPU)
 
@@ -93,9 +93,9 @@ def test_triton_kernels_need_ampere() -> None:
 
 
 def test_what_the_sets_say_of_head_sizes_and_graphs() -> None:
-    assert [size for size in range(1, 600) if not cpu.unsupported_head_size(size)] == [*range(16, 513, 16)]
-    assert cpu.unsupported_head_size(24) == "they take multiples of 16 up to 512"
-    assert [size for size in (24, 256, 257) if not triton.unsupported_head_size(size)] == [24, 256]
-    assert reference.unsupported_head_size(24) is None
-    assert [kernels.IS_CAPTURABLE for kernels in (cpu, triton, reference)] == [False, True, False]
-    assert [kernels.VARIANT for kernels in (cpu, reference)] == [cpu.instruction_set, "PyTorch"]
+    assert [size for size in range(1, 600) if not cpu.KERNELS.unsupported_head_size(size)] == [*range(16, 513, 16)]
+    assert cpu.KERNELS.unsupported_head_size(24) == "they take multiples of 16 up to 512"
+    assert [size for size in (24, 256, 257) if not triton.KERNELS.unsupported_head_size(size)] == [24, 256]
+    assert reference.KERNELS.unsupported_head_size(24) is None
+    assert [one.KERNELS.IS_CAPTURABLE for one in (cpu, triton, reference)] == [False, True, False]
+    assert [one.KERNELS.VARIANT for one in (cpu, reference)] == [cpu.INSTRUCTION_SETS[0], "PyTorch"]

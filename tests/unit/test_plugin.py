@@ -91,7 +91,7 @@ def test_start_up_says_what_serves_and_why(configure: Callable[[], VllmConfig], 
     assert said == [
         "info: Self-Extend: trained length 256, neighbor window 64, group size by position, 10 at 1024 tokens. "
         "Prompts within the trained length are answered as by the unmodified model.",
-        f"info: Self-Extend's attention runs on the cpu kernels ({cpu.VARIANT}).",
+        f"info: Self-Extend's attention runs on the cpu kernels ({cpu.KERNELS.VARIANT}).",
     ]
 
 
@@ -103,7 +103,9 @@ def test_the_gpu_that_serves_is_named(
     vllm_config.device_config.device = torch.device("cuda")
     monkeypatch.setattr(engine_args.current_platform, "get_device_name", lambda: "NVIDIA H100", raising=False)
     engine_args.apply_plan(vllm_config, dataclasses.replace(read_plan(vllm_config), kernel="auto"))
-    assert said[-1] == f"info: Self-Extend's attention runs on the triton kernels ({triton.VARIANT}, NVIDIA H100)."
+    assert (
+        said[-1] == f"info: Self-Extend's attention runs on the triton kernels ({triton.KERNELS.VARIANT}, NVIDIA H100)."
+    )
 
 
 def test_a_plugin_that_had_custom_before_is_named(configure: Callable[[], VllmConfig], said: list[str]) -> None:
