@@ -18,11 +18,11 @@ from .passkeys import make_prompt
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
 
 
-def kernel_classes(llm: LLM) -> set[str]:
-    """The classes of kernels that compute a model's attention."""
+def kernel_modules(llm: LLM) -> set[str]:
+    """The modules that compute a model's attention."""
 
     def names(model: torch.nn.Module) -> set[str]:
-        return {type(m.impl.kernels).__name__ for m in model.modules() if hasattr(m, "get_attn_backend")}
+        return {type(m.impl.kernels).__module__ for m in model.modules() if hasattr(m, "get_attn_backend")}
 
     return set.union(*llm.apply_model(names))
 
@@ -41,10 +41,10 @@ def test_the_native_kernels_are_the_default_and_agree(checkpoint: Callable, star
         )
 
     llm = start()
-    assert kernel_classes(llm) == {"CPUKernels"}
+    assert kernel_modules(llm) == {"vllm_selfextend.backends.cpu"}
     native = answers(llm)
     llm = start(kernel="reference")
-    assert kernel_classes(llm) == {"ReferenceKernels"}
+    assert kernel_modules(llm) == {"vllm_selfextend.backends.reference"}
     assert answers(llm) == native
 
 
@@ -89,7 +89,7 @@ def test_kernels_for_gpus_agree_in_chunks_batches_and_on_a_prefix_hit(start_engi
             skip_tokenizer_init=False,
             additional_config={"self_extend": {"kernel": kernel}},
         )
-        assert kernel_classes(llm) == {f"vllm_selfextend.backends.{kernel}"}
+        assert kernel_modules(llm) == {f"vllm_selfextend.backends.{kernel}"}
         support = SelfExtendMetadataBuilder.get_cudagraph_support(llm.llm_engine.vllm_config, None)
         assert support == (AttentionCGSupport.NEVER if kernel == "cpu" else AttentionCGSupport.ALWAYS)
         first = llm.generate(texts[:3], sampling, use_tqdm=False)

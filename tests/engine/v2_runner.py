@@ -115,11 +115,7 @@ def runner_name(worker: Any) -> str:
 def layers_without_kernels(worker: Any) -> list[str]:
     """Layers, the draft's too, whose kernels are yet to be chosen and compiled, at the cost of a request."""
     layers = worker.vllm_config.compilation_config.static_forward_context
-    return [
-        name
-        for name, layer in layers.items()
-        if len(layer.impl.layer_kernels.made if layer.impl.layer_kernels else ()) < 2
-    ]
+    return [name for name, layer in layers.items() if len(getattr(layer.impl.layer_kernels, "made", ())) < 2]
 
 
 def main() -> None:
