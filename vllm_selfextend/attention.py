@@ -171,12 +171,10 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         """Whether this layer groups positions by `plan` if it has a rotation."""
         return plan.groups and self.sliding_window is None
 
-    def bind(
-        self, plan: ExtensionPlan, rotation: Rotation | None = None, group_sizes: GroupSizes | None = None
-    ) -> None:
-        """Give a layer its numbers and its rotation, once the model is loaded. With no rotation it groups nothing."""
-        self.plan, self.rotation = plan, rotation
-        self.group_sizes = None if rotation is None else group_sizes
+    def bind(self, plan: ExtensionPlan, grouping: tuple[GroupSizes, Rotation] | None = None) -> None:
+        """Give a layer its numbers, and what it groups positions by if it does, once the model is loaded."""
+        self.plan = plan
+        self.group_sizes, self.rotation = grouping or (None, None)
         self.is_bound = True
         self.layer_kernels = None
 

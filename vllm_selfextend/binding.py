@@ -145,7 +145,7 @@ def bind_model(
         key = rotation.frequencies.numpy().tobytes()
         if key not in tables:
             tables[key] = cos_sin(rotation.frequencies, 0, num_steps).to(device)
-        layer.impl.bind(plan, Rotation(tables[key], rotation.interleaved), sizes)
+        layer.impl.bind(plan, (sizes, Rotation(tables[key], rotation.interleaved)))
     if untold:
         logger.warning(
             "How %d of %s's %d layers rotate their queries and keys cannot be told from these, which are not finite or "

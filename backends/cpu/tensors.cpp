@@ -30,8 +30,8 @@ template <class T>
 const T* integers_of(const at::Tensor& tensor, const char* name, int64_t size) {
   TORCH_CHECK_VALUE(tensor.scalar_type() == c10::CppTypeToScalarType<T>::value && tensor.dim() >= 1 &&
                         tensor.size(0) >= size && tensor.stride(-1) == 1,
-                    name, " must hold ", size, " contiguous values of ", c10::CppTypeToScalarType<T>::value, "; it is ",
-                    tensor.sizes(), " of ", tensor.scalar_type());
+                    name, " must be ", c10::CppTypeToScalarType<T>::value, " of size ", size,
+                    " or more, its last dimension contiguous; it is ", tensor.scalar_type(), " of ", tensor.sizes());
   return tensor.const_data_ptr<T>();
 }
 

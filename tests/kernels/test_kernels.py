@@ -346,7 +346,7 @@ WRONG_ATTENTION = {
     "block_table names block 2 for request 0; the cache has 2": {"block_table": torch.tensor([[2]]).int()},
     "request 0 has the queries 0 to 4 of 3": {"query_start_loc": torch.tensor([0, 4]).int()},
     "and 17 tokens in 1 blocks of 16": {"seq_lens": torch.tensor([17]).int()},
-    "seq_lens must hold 1 contiguous values of Int": {"seq_lens": torch.tensor([3])},
+    "seq_lens must be Int of size 1 or more": {"seq_lens": torch.tensor([3])},
     "kv_cache must be": {"kv_cache": torch.zeros(2, 2, 16, 48)},
     "block_size is 24; it must be a multiple of 16": {"kv_cache": torch.zeros(2, 2, 24, 64)},
     "kv_cache has dtype Double; it must be": {"kv_cache": torch.zeros(2, 2, 16, 64).double()},
@@ -376,7 +376,7 @@ WRONG_ATTENTION = {
     "eighths holds 9 at position 2; it must be 8 or more, and not fall": {
         "params": grouping(torch.zeros(100, 32), torch.tensor([8, 10, 9]).int())
     },
-    "group_sizes.eighths must hold 0 contiguous values of Int": {
+    "group_sizes.eighths must be Int of size 0 or more": {
         "params": grouping(torch.zeros(100, 32), torch.full((17,), 32))
     },
     "cos_sin must be contiguous float32 .steps, an even number up to 32.; it is .100, 34.": {
