@@ -64,9 +64,16 @@ class SelfExtend:
         )
 
 
-def next_token_logprobs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[np.ndarray]:
-    """For each sequence the log-probabilities `[len, vocab]` of the token after each of its tokens, in float32."""
-    return [output.logits[0].log_softmax(-1).numpy() for output in _outputs(checkpoint, sequences, method)]
+def next_token_logprobs(
+    checkpoint: str, sequences: list[list[int]], method: SelfExtend, dtype: torch.dtype = torch.float32
+) -> list[np.ndarray]:
+    """For each sequence the log-probabilities `[len, vocab]` of the token after each of its tokens, in float32.
+
+    `dtype` is what the model computes in, but for its attention.
+    """
+    return [
+        output.logits[0].float().log_softmax(-1).numpy() for output in _outputs(checkpoint, sequences, method, dtype)
+    ]
 
 
 def hidden_states(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> list[np.ndarray]:
@@ -79,14 +86,14 @@ def class_logits(checkpoint: str, sequences: list[list[int]], method: SelfExtend
     return [output.logits[0].numpy() for output in _outputs(checkpoint, sequences, method)]
 
 
-def load(checkpoint: str) -> PreTrainedModel:
-    """The checkpoint in transformers, in float32, in the class that it names if transformers has it."""
+def load(checkpoint: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The checkpoint in transformers, in the class that it names if transformers has it."""
     config = AutoConfig.from_pretrained(checkpoint)
     _take_long_factors(config.get_text_config())
     # Falcon's code computes its eager attention itself, and hands the other to PyTorch.
     attention = "sdpa" if config.model_type == "falcon" else "eager"
     found = model_class(config)
-    return found.from_pretrained(checkpoint, config=config, dtype=torch.float32, attn_implementation=attention).eval()
+    return found.from_pretrained(checkpoint, config=config, dtype=dtype, attn_implementation=attention).eval()
 
 
 def model_class(config: Any) -> Any:
@@ -104,10 +111,12 @@ def _take_long_factors(config: Any) -> None:
         parameters["short_factor"] = parameters["long_factor"]
 
 
-def _outputs(checkpoint: str, sequences: list[list[int]], method: SelfExtend) -> Iterator[ModelOutput]:
+def _outputs(
+    checkpoint: str, sequences: list[list[int]], method: SelfExtend, dtype: torch.dtype = torch.float32
+) -> Iterator[ModelOutput]:
     AttentionInterface.register(NAME, _interface)
     AttentionMaskInterface.register(NAME, eager_mask)
-    model = load(checkpoint)
+    model = load(checkpoint, dtype)
     oracle = _Oracle(method)
     with oracle.within(model), torch.inference_mode():
         for tokens in sequences:
@@ -253,7 +262,7 @@ class _Oracle:
             scores = torch.cat([scores, sinks.reshape(1, -1, 1, 1).expand(1, -1, num_tokens, 1)], -1)
         weights = scores.softmax(-1)[..., :num_tokens]
         values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-        return (weights @ values).transpose(1, 2), weights
+        return (weights @ values.float()).transpose(1, 2).to(query.dtype), weights
 
     def extends(self, module: nn.Module, sliding_window: int | None) -> bool:
         """Whether the layer sees the whole context, and rotates."""
