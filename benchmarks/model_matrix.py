@@ -447,10 +447,10 @@ and answers, are held against a second implementation that shares no code with t
 {hf_version} in eager, scores straight from the paper). The texts end on both sides of the window and of the trained
 length. **Proved** means: every token the same, every log-probability within {TOLERANCE:g}.
 
-Models of images, video or sound are served with text alone, with a stand-in for torchvision. What is refused or fails was put
-to stock vLLM too, with short texts; where a row says nothing of it, it agrees with transformers there. A row says so if
-vLLM runs the architecture through its Transformers backend. Of those that are not runnable, stock vLLM fails to load
-the model; Self-Extend has nothing to object to in their configs.
+Models of images, video or sound are served with text alone, with a stand-in for torchvision. What is refused or fails
+was put to stock vLLM too, with short texts; where a row says nothing of it, it agrees with transformers there. A row
+says so if vLLM runs the architecture through its Transformers backend. Of those that are not runnable, stock vLLM fails
+to load the model; Self-Extend has nothing to object to in their configs.
 
 ```
 make models  # python -m benchmarks.model_matrix --docs
