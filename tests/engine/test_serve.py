@@ -40,10 +40,13 @@ def test_a_long_prompt_is_answered(server: Server) -> None:
 
 
 def test_a_long_prompt_is_answered_as_a_stream(server: Server) -> None:
-    prompt = long_prompt(1)
-    pieces = [chunk.choices[0].text for chunk in server.complete(prompt.text, stream=True)]
-    assert len(pieces) > 1  # what a busy machine falls behind with comes together
-    assert "".join(pieces).strip() == prompt.answer
+    counts = []
+    for prompt in map(long_prompt, (1, 36, 37)):
+        pieces = [chunk.choices[0].text for chunk in server.complete(prompt.text, stream=True)]
+        assert "".join(pieces).strip() == prompt.answer
+        counts.append(len(pieces))
+    # What a busy machine falls behind with comes together.
+    assert max(counts) >= 5
 
 
 def test_a_long_chat_message_is_answered(server: Server) -> None:
@@ -54,10 +57,12 @@ def test_a_long_chat_message_is_answered(server: Server) -> None:
 
 
 def test_a_long_chat_message_is_answered_as_a_stream(server: Server) -> None:
-    prompt = long_prompt(35)
-    pieces = [chunk.choices[0].delta.content or "" for chunk in server.chat(prompt.text, stream=True)]
-    assert len(list(filter(None, pieces))) > 1
-    assert "".join(pieces).strip() == prompt.answer
+    counts = []
+    for prompt in map(long_prompt, (35, 38, 39)):
+        pieces = [chunk.choices[0].delta.content or "" for chunk in server.chat(prompt.text, stream=True)]
+        assert "".join(pieces).strip() == prompt.answer
+        counts.append(len(list(filter(None, pieces))))
+    assert max(counts) >= 5
 
 
 def test_the_example_client(server: Server) -> None:
