@@ -95,7 +95,7 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
             for layer in layers
         ]
         self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
-        # The other kernels work out the positions once per step.
+        # For the others, of whose calls no graph is captured, vLLM builds each draft's batch.
         self.supports_draft_decode_metadata_update = _captures_graphs(vllm_config)
 
     @classmethod
