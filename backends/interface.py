@@ -19,10 +19,12 @@ never among the rows that it takes of one; how many sizes those have, `GroupSize
 has its own. With one key more the lag grows by 0 or 1, for any `p` of 8 or more.
 """
 
+import bisect
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -72,14 +74,21 @@ class GroupSizes:
 
     Attributes:
         eighths: `[num_positions]`, int32, contiguous, on the queries' device: `8 G`, at least 8, never falling.
-        largest: The last of them.
+        begins: The first position of each size, rising; on the host.
+        values: Those sizes.
         least_rows: At `n - 1`: the least number of positions in a row that have `n` group sizes above 1.
 
     """
 
     eighths: torch.Tensor
-    largest: int
+    begins: tuple[int, ...]
+    values: tuple[int, ...]
     least_rows: tuple[int, ...]
+
+    @property
+    def largest(self) -> int:
+        """The last, largest size."""
+        return self.values[-1]
 
     @staticmethod
     def of(eighths: torch.Tensor, device: torch.device | str = "cpu") -> "GroupSizes":
@@ -94,15 +103,25 @@ class GroupSizes:
                 f"a table of group sizes must hold {EIGHTHS} or more eighths for each position, and not fall."
             )
         changes = [0, *(eighths.diff().nonzero()[:, 0] + 1).tolist()]
-        begins = [begin for begin in changes if eighths[begin] > EIGHTHS]
+        values = eighths[changes].tolist()
+        grouped = [begin for begin, value in zip(changes, values, strict=True) if value > EIGHTHS]
         # From the last position of the first of `n` sizes to the first position of the last one.
         least_rows = [
-            min((end - begin + 2 for begin, end in zip(begins[1:], begins[n - 1 :])), default=1)  # noqa: B905
+            min((end - begin + 2 for begin, end in zip(grouped[1:], grouped[n - 1 :])), default=1)  # noqa: B905
             if n > 1
             else 1
-            for n in range(1, len(begins) + 1)
+            for n in range(1, len(grouped) + 1)
         ]
-        return GroupSizes(eighths.to(device, torch.int32), int(eighths[-1]), tuple(least_rows))
+        return GroupSizes(eighths.to(device, torch.int32), tuple(changes), tuple(values), tuple(least_rows))
+
+    def runs(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """The positions `begin .. end - 1` by their group size: where a run begins, where it ends, and its eighths."""
+        index = bisect.bisect_right(self.begins, begin) - 1
+        while begin < end:
+            last = index + 1 == len(self.begins)
+            stop = end if last else min(end, self.begins[index + 1])
+            yield begin, stop, self.values[index]
+            begin, index = stop, index + 1
 
     def most_in(self, num_rows: int) -> int:
         """How many group sizes above 1 so many queries of a request, one after another, can have."""
@@ -124,7 +143,7 @@ class AttentionParams:
         neighbor_window: `W`, in tokens, at least 1.
         log_scale_len: If not 0, queries are multiplied by `max(1, ln(i + 1) / ln(log_scale_len))`.
         soft_cap: If not 0, scores become `soft_cap * tanh(score / soft_cap)`.
-        sliding_window: If not 0, a query sees the keys with `i - j < sliding_window` only.
+        sliding_window: If not 0, a query sees the keys with `i - j < sliding_window` only; then nothing is grouped.
         rotation: Needed where there are group sizes.
         sinks: `[num_heads]` or None: a logit per head that takes part in the softmax and adds nothing to the output.
         k_scale: One float32, or None for 1: an 8-bit cache holds keys divided by it.
@@ -162,6 +181,11 @@ class AttentionParams:
 
         if self.group_sizes is None:
             return
+        if self.sliding_window:
+            raise ValueError(
+                f"params.group_sizes is given, and params.sliding_window is {self.sliding_window}; layers with a "
+                "sliding window keep ordinary positions."
+            )
         if self.rotation is None:
             raise ValueError("params.group_sizes is given, and turning needs params.rotation, which is None.")
         rows, num_positions = self.rotation.cos_sin.shape[0], self.group_sizes.eighths.shape[0]
@@ -189,11 +213,14 @@ class AttentionBatch:
         slot_mapping: `[num_tokens]`, int64: `block * block_size + offset` of each new token; negative: not stored.
         max_query_len: At least the largest number of new tokens that a request has; what a GPU launches depends on it.
         max_seq_len: At least the largest of `seq_lens`; how fast a GPU is depends on it.
-        workspace: `[Kernels.workspace_size]`, float32, or None: room for what a call works out on its way, allocated in
-            the call where it is not given.
+        decode_len: Requests with more new tokens are prefills, the others decodes; see `Kernels.decode_len`.
+        query_start_loc_cpu: `query_start_loc` on the host, exact where prefills begin and end.
+        seq_lens_cpu: `seq_lens` on the host, exact of prefills. A step without them waits for the device if it has
+            prefills.
+        plans: What kernels worked out about the step, for all layers that are alike.
 
     Raises:
-        ValueError: One of the two lengths is out of its range.
+        ValueError: One of the lengths is out of its range.
 
     """
 
@@ -203,12 +230,120 @@ class AttentionBatch:
     slot_mapping: torch.Tensor
     max_query_len: int
     max_seq_len: int
-    workspace: torch.Tensor | None = None
+    decode_len: int = 1
+    query_start_loc_cpu: torch.Tensor | None = None
+    seq_lens_cpu: torch.Tensor | None = None
+    plans: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_query_len", "max_seq_len"):
+        for name in ("max_query_len", "max_seq_len", "decode_len"):
             if not 0 <= (value := getattr(self, name)) <= MAX_POSITIONS:
                 raise ValueError(f"batch.{name} is {value}; it must be from 0 to {MAX_POSITIONS}.")
+
+
+class Store(Protocol):
+    """A host's operator that puts keys and values into a cache, as `LayerKernels.store` is to."""
+
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Store; the scales of an fp8 cache are the layer's.
+
+        Args:
+            key: `[num_tokens, num_kv_heads, head_size]`.
+            value: Like `key`.
+            key_cache: `[num_blocks, block_size, num_kv_heads, head_size]`; of any dtype, an fp8 one is uint8.
+            value_cache: Like `key_cache`.
+            slot_mapping: As in `AttentionBatch`.
+
+        """
+
+
+class VarlenAttention(Protocol):
+    """Attention as FlashAttention's `flash_attn_varlen_func` does it, a partial softmax's answer: `o`, log-sum-exp.
+
+    Where it is causal, a sequence's last query sees all its keys and each before it one less; every query sees a key.
+    Scale and soft cap are the layer's; its sinks are not known here.
+    """
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        lengths: "VarlenLengths",
+        block_table: torch.Tensor | None,
+        *,
+        is_causal: bool,
+        window: int,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: `[num_tokens, num_heads, head_size]`, all tokens of the sequences, one after another.
+            key: In blocks `[num_blocks, block_size, num_kv_heads, head_size]`, or `[num_keys, num_kv_heads, head_size]`
+                of one sequence.
+            value: Like `key`.
+            out: Like `query`, written.
+            lse: `[num_heads, num_tokens]`, float32: room for the log-sum-exp.
+            lengths: Of the sequences.
+            block_table: `[num_seqs, max_blocks]`, or None: the keys are not in blocks.
+            is_causal: Whether a query sees no key after its own, or all.
+            window: If not 0, it sees the keys with `i - j < window` only.
+
+        Returns:
+            The natural logarithm of the sum of the scores' exponentials, like `lse` and perhaps in it.
+
+        """
+
+
+@dataclass(frozen=True)
+class VarlenLengths:
+    """The sequences of a `VarlenAttention`.
+
+    Attributes:
+        query_start_loc: `[num_seqs + 1]`, int32, from 0: where each one's queries begin.
+        seq_lens: `[num_seqs]`, int32: how many keys each has.
+        key_start_loc: `[num_seqs + 1]`, int32, from 0: where each one's keys begin, if they are not in blocks.
+        max_query_len: The largest number of queries.
+        max_seq_len: The largest number of keys.
+
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    key_start_loc: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
+class Host:
+    """What whoever calls a layer's kernels knows, and has that is better than ours.
+
+    Attributes:
+        max_num_tokens: The most new tokens of a step.
+        max_seq_len: The longest request.
+        store: Puts keys and values into the cache; None: with torch's indexing.
+        attention: FlashAttention, for keys of the queries' dtype, if it can do the layer; None: a kernel of ours.
+
+    """
+
+    max_num_tokens: int = MAX_POSITIONS
+    max_seq_len: int = MAX_POSITIONS
+    store: Store | None = None
+    attention: VarlenAttention | None = None
+
+
+NO_HOST = Host()
+"""One of which nothing is known."""
 
 
 class LayerKernels(ABC):
@@ -241,7 +376,14 @@ class LayerKernels(ABC):
         """
 
     @abstractmethod
-    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+        out: torch.Tensor,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
         """Causal attention of the new tokens over everything their requests have in the cache.
 
         Args:
@@ -250,6 +392,8 @@ class LayerKernels(ABC):
             kv_cache: Read; the new tokens have been stored.
             batch: The step's requests.
             out: `[num_tokens, num_heads, head_size]`, written.
+            workspace: `[Kernels.workspace_size(...)]`, uint8, or None: room for what a call works out on its way,
+                allocated in the call where it is not given.
 
         """
 
@@ -261,8 +405,8 @@ class Kernels(ABC):
     `[num_blocks, num_kv_heads, block_size, 2 * head_size]`; a kernel set owns what lies inside a block.
 
     Attributes:
-        IS_CAPTURABLE: Whether a CUDA graph of the calls can be replayed with any other batch: then they follow from
-            shapes, and never look at a batch from the host.
+        IS_CAPTURABLE: Whether a CUDA graph of decodes can be replayed with any other decodes: then the calls follow
+            from shapes, and do not look at the batch from the host; nor does `store`, if the host has one.
         CACHE_LAYOUT: A name for what lies inside a block, in files too: sets and releases that have the same can read
             each other's blocks.
         VARIANT: What of the set serves on this machine, for people: an instruction set, a compiler's version.
@@ -287,10 +431,16 @@ class Kernels(ABC):
         """Why the calls do not take heads of this size; None if they do."""
         return None
 
-    def workspace_size(self, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
-        """How many float32 numbers of `AttentionBatch.workspace` any call of such a layer needs."""
+    def decode_len(self, heads: int) -> int:
+        """Up to how many new tokens a request is better done as a decode, `heads` query heads sharing a KV head."""
+        return 1
+
+    def workspace_size(
+        self, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device, host: Host
+    ) -> int:
+        """How many bytes of workspace any call of such a layer needs; `dtype` is the queries'."""
         return 0
 
     @abstractmethod
-    def prepare(self, params: AttentionParams) -> LayerKernels:
+    def prepare(self, params: AttentionParams, host: Host = NO_HOST) -> LayerKernels:
         """The kernels of a layer."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, LayerKernels, Rotation, lag
+from .interface import NO_HOST, AttentionBatch, AttentionParams, GroupSizes, Host, Kernels, LayerKernels, Rotation, lag
 from .limits import EIGHTHS
+from .paged_cache import KEY_THEN_VALUE, store_by_indexing
 
 MAX_ELEMENTS = 1 << 20
 """How many scores, or gathered cache values, are held at once (a single query's are always)."""
@@ -25,10 +26,10 @@ TURNED_ELEMENTS = 1 << 19
 class ReferenceKernels(Kernels):
     """See `interface.Kernels`."""
 
-    CACHE_LAYOUT = "reference-2"
+    CACHE_LAYOUT = KEY_THEN_VALUE
     VARIANT = "PyTorch"
 
-    def prepare(self, params: AttentionParams) -> "ReferenceLayer":
+    def prepare(self, params: AttentionParams, host: Host = NO_HOST) -> "ReferenceLayer":
         """See `interface.Kernels.prepare`."""
         return ReferenceLayer(params)
 
@@ -44,17 +45,16 @@ class ReferenceLayer(LayerKernels):
 
     def store(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch) -> None:
         """See `interface.LayerKernels.store`."""
-        block_size, head_size = kv_cache.shape[2], key.shape[2]
-        stored = batch.slot_mapping >= 0
-        slots = batch.slot_mapping[stored]
-        block, offset = slots // block_size, slots % block_size
-        if kv_cache.element_size() == 1:
-            kv_cache = kv_cache.view(torch.uint8)
-            key, value = _to_fp8(key, self.params.k_scale), _to_fp8(value, self.params.v_scale)
-        kv_cache[block, :, offset, :head_size] = key[stored].to(kv_cache.dtype)
-        kv_cache[block, :, offset, head_size:] = value[stored].to(kv_cache.dtype)
+        store_by_indexing(key, value, kv_cache, batch.slot_mapping, self.params.k_scale, self.params.v_scale)
 
-    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+        out: torch.Tensor,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
         """See `interface.LayerKernels.attend`."""
         params, dtype = self.params, _compute_dtype(query)
         seq_lens, positions = batch.seq_lens.tolist(), _positions(batch)
@@ -331,11 +331,6 @@ def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Te
     turned = first * cos - second * sin, second * cos + first * sin
     rotated = torch.stack(turned, dim=-1).flatten(-2) if rotation.interleaved else torch.cat(turned, dim=-1)
     return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
-
-
-def _to_fp8(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The bytes of `x / scale` in float8_e4m3fn, rounded once; what is too large becomes the largest."""
-    return (x.float() / _scale(scale)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -1,14 +1,15 @@
 """Our Triton kernels on a GPU: are they right, and how near do they come to what it can do? `python -m benchmarks.gpu`.
 
 Needs torch, triton, typer and rich, neither vLLM nor an installed package. Correctness first (`tests/gpu`), then
-decode, prefill and store, one layer's call each:
+decode and prefill, one layer's call each; a prefill on FlashAttention where there is one (vLLM's, or a package `fa3`):
 
-- **Bound** is the time that was predicted beforehand: bytes over the GPU's measured bandwidth (of a copy) or operations
+- **Bound** is a time that cannot be beaten: bytes over the GPU's measured bandwidth (of a copy) or operations
   over its measured matrix rate, whichever is longer. Bytes are those of keys, values, queries and outputs, once each;
   cosines and sines, a row per tile of grouped keys and a few that all tiles share, lie in caches and do not count.
-- **Ordinary** is our own kernel on the same cache without group sizes: ordinary attention. Storing knows none.
-- **Others** (`gpu_others.py`) read the same cache, as far as they are installed; for prefill PyTorch's attention on
-  contiguous copies. Each must give our ordinary answer. The fastest one's time is shown.
+- **Ordinary** is ours on the same cache without group sizes: ordinary attention, a prefill's FlashAttention alone.
+- **Turning** is a prefill without its attention: queries and keys turned, values copied, answers joined.
+- **Others** (`gpu_others.py`) read the same cache, as far as they are installed; for prefill also PyTorch's attention
+  on contiguous copies. Each must give our ordinary answer. The fastest one's time is shown.
 
 Every system is a CUDA graph of some calls, as vLLM replays them, so that no time of Python's is measured. The calls of
 a graph read several caches in turn, so that short contexts do not stay in the L2 cache. Systems are replayed in turns,
@@ -34,8 +35,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
 from benchmarks import gpu_correctness, gpu_machine, gpu_others
 from benchmarks.layers import (
     DType,
@@ -47,9 +46,10 @@ from benchmarks.layers import (
     three_digits,
 )
 from tests.gpu.checks import NUM_LAYERS, NUM_SMALL_LAYERS, checks
+from tests.gpu.flash import find_attention
 from tests.gpu.graphs import capture
 from vllm_selfextend.backends import choose_kernels
-from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Kernels
+from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, Host, Kernels
 
 L2_CACHES = 3  # what a graph's calls read, in L2 caches
 MOST_COPIES = 16
@@ -85,12 +85,10 @@ PREFILL = tuple(
     Load("prefill", 1, query_len, before + query_len)
     for query_len, before in itertools.product((2048, 8192), (0, 8192, 32768, 131072))
 )
-STORE = (Load("store", 1, 2048, 8192), Load("store", 1, 8192, 16384), Load("store", 256, 1, 256))
-LOADS = {"decode": (*DECODE, *DECODE_FP8), "prefill": PREFILL, "store": STORE}
+LOADS = {"decode": (*DECODE, *DECODE_FP8), "prefill": PREFILL}
 QUICK_LOADS = {
     "decode": (Load("decode", 1, 1, 16384), Load("decode", 64, 1, 16384), Load("decode", 64, 1, 16384, is_fp8=True)),
     "prefill": (Load("prefill", 1, 8192, 8192), Load("prefill", 1, 2048, 32768 + 2048)),
-    "store": STORE,
 }
 
 
@@ -103,6 +101,11 @@ class Case:
     dtype: torch.dtype
     trained_length: int
     block_size: int
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether anything is past the trained length."""
+        return self.load.context > self.trained_length
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -125,20 +128,16 @@ class Case:
     @property
     def num_bytes(self) -> int:
         """Bytes that have to be read and written."""
-        phase, batch, query_len, context, _ = self.load
+        _, batch, query_len, context, _ = self.load
         num_heads, num_kv_heads, head_size = self.heads
         token = 2 * num_kv_heads * head_size
-        if phase == "store":
-            return batch * query_len * token * (self.dtype.itemsize + self.cache_dtype.itemsize)
         queries_and_outputs = 2 * batch * query_len * num_heads * head_size * self.dtype.itemsize
         return batch * context * token * self.cache_dtype.itemsize + queries_and_outputs
 
     @property
     def operations(self) -> float:
         """Floating-point operations of the two products."""
-        phase, batch, query_len, context, _ = self.load
-        if phase == "store":
-            return 0.0
+        _, batch, query_len, context, _ = self.load
         visible = query_len * context - query_len * (query_len - 1) / 2
         return 4.0 * self.heads.head_size * self.heads.num_heads * batch * visible
 
@@ -159,9 +158,9 @@ class Case:
             part.copy_(torch.randn(part.shape, device=device))
         return cache.view(torch.uint8) if self.load.is_fp8 else cache
 
-    def make_step(self, block_table: torch.Tensor, workspace: torch.Tensor) -> AttentionBatch:
+    def make_step(self, block_table: torch.Tensor) -> AttentionBatch:
         """The step in which the last `query_len` tokens of each request in `block_table` are new."""
-        return make_batch(block_table, self.load.context, self.load.query_len, self.block_size, workspace)
+        return make_batch(block_table, self.load.context, self.load.query_len, self.block_size)
 
     def draw(self, num_heads: int, device: torch.device) -> torch.Tensor:
         """Random queries, keys or values of a step's new tokens."""
@@ -170,10 +169,11 @@ class Case:
 
 
 class Times(NamedTuple):
-    """What came of a case, ms; storing has no ordinary time. `notes` says who else has no time, and why."""
+    """What came of a case, ms; a decode has no time of turning. `notes` says who else has no time, and why."""
 
     self_extend: float
-    ordinary: float | None
+    ordinary: float
+    turning: float | None
     others: dict[str, float]
     notes: dict[str, str]
 
@@ -184,31 +184,26 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
     num_blocks = copies * batch * case.num_blocks
     cache = case.make_cache(num_blocks, device)
     tables = torch.randperm(num_blocks, dtype=torch.int32, device=device).view(copies, batch, case.num_blocks)
-    workspace = torch.empty(kernels.workspace_size(*case.heads, device), dtype=torch.float32, device=device)
-    steps = [case.make_step(table, workspace) for table in tables]
     params = case.params(device)
     ordinary_params = dataclasses.replace(params, group_sizes=None, rotation=None)
-    extended, ordinary = (kernels.prepare(layer) for layer in (params, ordinary_params))
-
-    if case.load.phase == "store":
-        tokens = [tuple(case.draw(case.heads.num_kv_heads, device) for _ in range(2)) for _ in steps]
-        systems = [
-            [
-                functools.partial(extended.store, key, value, cache, step)
-                for (key, value), step in zip(tokens, steps, strict=True)
-            ]
+    is_prefill = case.load.phase == "prefill"
+    host = Host(attention=find_attention(params, case.heads.head_size, case.dtype))
+    size = kernels.workspace_size(*case.heads, case.dtype, device, host)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    steps = [case.make_step(table) for table in tables]
+    layers = [kernels.prepare(params, host), kernels.prepare(ordinary_params, host)]
+    if is_prefill:
+        layers.append(kernels.prepare(params, Host(attention=no_attention)))
+    queries = [case.draw(case.heads.num_heads, device) for _ in steps]
+    outs = [torch.empty_like(query) for query in queries]
+    systems = [
+        [
+            functools.partial(layer.attend, query, cache, step, out, workspace)
+            for query, step, out in zip(queries, steps, outs, strict=True)
         ]
-    else:
-        queries = [case.draw(case.heads.num_heads, device) for _ in steps]
-        outs = [torch.empty_like(query) for query in queries]
-        systems = [
-            [
-                functools.partial(layer.attend, query, cache, step, out)
-                for query, step, out in zip(queries, steps, outs, strict=True)
-            ]
-            for layer in (extended, ordinary)
-        ]
-    num_calls = min(MOST_CALLS, math.ceil(ENOUGH_GRAPH_MS / machine.predicted_ms(case.num_bytes, case.operations)))
+        for layer in layers
+    ]
+    num_calls = min(MOST_CALLS, math.ceil(ENOUGH_GRAPH_MS / machine.bound_ms(case.num_bytes, case.operations)))
     num_calls = max(copies, num_calls)
     graphs = [capture_turns(calls, num_calls) for calls in systems]
     kept_alive: list[list[gpu_others.Call]] = []  # by their calls, tensors that a graph uses
@@ -225,7 +220,14 @@ def measure(case: Case, kernels: Kernels, machine: gpu_machine.Machine, device: 
             notes[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
     times = [time / num_calls for time in gpu_machine.medians(graphs)]
     ours, rest = times[: len(systems)], times[len(systems) :]
-    return Times(ours[0], ours[1] if len(ours) > 1 else None, dict(zip(names, rest, strict=True)), notes)
+    others = dict(zip(names, rest, strict=True))
+    return Times(ours[0], ours[1], ours[2] if is_prefill else None, others, notes)
+
+
+def no_attention(*arguments: Any, **options: Any) -> torch.Tensor:
+    """Stands in for FlashAttention: the log-sum-exp's room, as it is."""
+    lse: torch.Tensor = arguments[4]
+    return lse
 
 
 def capture_turns(calls: Sequence[Callable[[], object]], num_calls: int) -> Callable[[], None]:
@@ -235,13 +237,13 @@ def capture_turns(calls: Sequence[Callable[[], object]], num_calls: int) -> Call
 
 def others_of(case: Case) -> dict[str, gpu_others.Other]:
     """Whom a case is measured against, besides ourselves."""
-    if case.load.is_fp8 or case.load.phase == "store":
+    if case.load.is_fp8:
         return {}
     return gpu_others.DECODE if case.load.phase == "decode" else gpu_others.PREFILL
 
 
 class Result(NamedTuple):
-    """A case, the time predicted for it and its times, ms."""
+    """A case, the time that cannot be beaten and its times, ms."""
 
     case: Case
     bound: float
@@ -265,9 +267,10 @@ class Result(NamedTuple):
             "block_size": case.block_size,
             "bytes": case.num_bytes,
             "operations": case.operations,
-            "predicted_ms": self.bound,
+            "bound_ms": self.bound,
             "self_extend_ms": self.times.self_extend,
             "ordinary_ms": self.times.ordinary,
+            "turning_ms": self.times.turning,
             "others_ms": self.times.others,
             "others_missing": self.times.notes,
         }
@@ -277,12 +280,13 @@ def result_table(phase: str, results: Sequence[Result]) -> Table:
     """Times, rates and ratios of one phase and cache dtype, for people."""
     case = results[0].case
     unit = "TFLOP/s" if phase == "prefill" else "GB/s"
-    shape = {"decode": ("batch", "context"), "prefill": ("new", "context"), "store": ("batch", "new")}[phase]
+    shape = {"decode": ("batch", "context"), "prefill": ("new", "context")}[phase]
     cache = f", {dtype_name(case.cache_dtype)} cache" if case.load.is_fp8 else ""
     title = f"{phase}, {dtype_name(case.dtype)}{cache}, {case.heads}, trained length {case.trained_length:,}"
     columns = [*shape, "bound\nms", "ours\nms", f"ours\n{unit}", "of\nbound"]
-    if phase != "store":
-        columns += ["ordinary\nms", "of\nordinary"]
+    columns += ["ordinary\nms", "of\nordinary"]
+    if phase == "prefill":
+        columns += ["turning\nms"]
     if any(result.fastest for result in results):
         columns += ["of\nother", "other\nms", "fastest\nother"]
     table = _table(title)
@@ -295,8 +299,10 @@ def result_table(phase: str, results: Sequence[Result]) -> Table:
         cells = [f"{load[name]:,}" for name in shape]
         cells += [three_digits(number, 4) for number in (result.bound, ours, done / ours / 1e6)]
         cells += [f"{result.bound / ours:.2f}"]
-        if (ordinary := result.times.ordinary) is not None:
-            cells += [three_digits(ordinary, 4), f"{ordinary / ours:.2f}"]
+        ordinary, turning = result.times.ordinary, result.times.turning
+        cells += [three_digits(ordinary, 4), f"{ordinary / ours:.2f}"]
+        if turning is not None:
+            cells += [three_digits(turning, 4)]
         if result.fastest:
             which, other = result.fastest
             cells += [f"{other / ours:.2f}", three_digits(other, 4), which]
@@ -316,19 +322,14 @@ def aims_table(results: Sequence[Result], machine: gpu_machine.Machine) -> Table
     bandwidth = [
         (result.case.num_bytes / result.times.self_extend / 1e6 / machine.copies_gb_per_s, result) for result in decodes
     ]
+    flash = [
+        (r.times.others["vLLM Flash"] / r.times.self_extend, r) for r in prefills if "vLLM Flash" in r.times.others
+    ]
     aims = (
         ("decode from 16k on, of copies' bandwidth", 0.85, bandwidth),
-        (
-            "decode from 16k on, of ordinary",
-            0.95,
-            [(r.times.ordinary / r.times.self_extend, r) for r in decodes if r.times.ordinary],
-        ),
-        (
-            "prefill, of ordinary",
-            0.95,
-            [(r.times.ordinary / r.times.self_extend, r) for r in prefills if r.times.ordinary],
-        ),
-        ("prefill, of torch's fastest", 0.6, [(r.fastest[1] / r.times.self_extend, r) for r in prefills if r.fastest]),
+        ("decode from 16k on, of ordinary", 0.9, [(r.times.ordinary / r.times.self_extend, r) for r in decodes]),
+        ("prefill, of vLLM's FlashAttention", 0.85, [pair for pair in flash if pair[1].case.is_extended]),
+        ("the same within the trained length", 0.97, [pair for pair in flash if not pair[1].case.is_extended]),
     )
     table = _table("Aims")
     for name in ("speed", "aim", "worst", "met", "worst case"):
@@ -381,7 +382,7 @@ def run_phase(
             if missing > 0:
                 lines[str(case.load)] = f"Left out for {missing / 1e9:,.0f} GB of memory more: {case.load}."
             else:
-                bound = machine.predicted_ms(case.num_bytes, case.operations)
+                bound = machine.bound_ms(case.num_bytes, case.operations)
                 result = Result(case, bound, measure(case, kernels, machine, device))
                 results.append(result)
                 output.write(result.row(machine.device))
@@ -397,9 +398,7 @@ def run_phase(
 
 
 def main(
-    suite: Annotated[
-        Literal["correctness", "decode", "prefill", "store", "all"], typer.Option(help="What to do.")
-    ] = "all",
+    suite: Annotated[Literal["correctness", "decode", "prefill", "all"], typer.Option(help="What to do.")] = "all",
     correctness_only: Annotated[
         bool, typer.Option("--correctness-only", help="The same as --suite correctness.")
     ] = False,
@@ -413,6 +412,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON line per case to this file.")] = None,
 ) -> None:
     """Check and time the kernels for GPUs on this machine's."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     suite = "correctness" if correctness_only else suite
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not (suite == "correctness" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -429,6 +429,8 @@ def main(
         small = device.type == "cpu"
         num_layers = NUM_SMALL_LAYERS if quick or small else NUM_LAYERS
         todo = checks(small=small, num_layers=num_layers)
+        if not small:
+            gpu_correctness.compile_all(todo, device, output.progress())
         all_right = gpu_correctness.run(todo, kernels, device, console, output.progress(), output.write)
     if suite != "correctness":
         timed = getattr(torch, dtype.value)

@@ -1,7 +1,10 @@
 """The checks of `tests/gpu` as a step of the GPU benchmark: a progress bar, a table and lines of JSON."""
 
 import itertools
+import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from typing import Any
 
 import rich.box
@@ -12,6 +15,16 @@ from rich.table import Table
 
 from tests.gpu import checks
 from vllm_selfextend.backends.interface import Kernels
+
+
+def compile_all(todo: Sequence[checks.Check], device: torch.device, bar: Progress) -> None:
+    """Compile what the checks need, several at a time: one after another would take minutes on a new machine."""
+    layers = {(check.numbers, replace(check.case, requests=(), seed=0)): check for check in todo}
+    with bar, ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        task = bar.add_task("compiling", total=len(layers))
+        # What cannot be compiled is found again, and reported, by its check.
+        for _ in as_completed([pool.submit(checks.compile_kernels, check, device) for check in layers.values()]):
+            bar.advance(task)
 
 
 def run(

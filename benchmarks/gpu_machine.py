@@ -26,7 +26,7 @@ class Machine:
     reads_gb_per_s: float
     matrix_tflop_per_s: float
 
-    def predicted_ms(self, num_bytes: float, operations: float) -> float:
+    def bound_ms(self, num_bytes: float, operations: float) -> float:
         """The time below which memory and matrix units, each at its measured best, cannot do it."""
         return max(num_bytes / self.copies_gb_per_s / 1e6, operations / self.matrix_tflop_per_s / 1e9)
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from tests.gpu.flash import find_function
 from vllm_selfextend.backends.interface import AttentionBatch
 
 FLASHINFER_WORKSPACE_BYTES = 128 << 20
@@ -31,11 +32,12 @@ class Other(Protocol):
 
 def vllm_flash_attention(query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, context: int) -> Call:
     """As in `vllm/v1/attention/backends/flash_attn.py`, without its scheduler metadata."""
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
-
     head_size, out = query.shape[2], torch.empty_like(query)
     key_cache, value_cache = kv_cache.transpose(1, 2).split(head_size, dim=-1)
-    version = get_flash_attn_version(head_size=head_size)
+    found = find_function(head_size)
+    if found is None:
+        raise ImportError("it is not installed.")
+    flash_attn_varlen_func, version = found
 
     def call() -> torch.Tensor:
         flash_attn_varlen_func(
@@ -182,4 +184,4 @@ DECODE: dict[str, Other] = {
     "vLLM Triton": vllm_triton,
     "FlashInfer": flashinfer,
 }
-PREFILL: dict[str, Other] = {"torch Flash": torch_flash, "torch cuDNN": torch_cudnn}
+PREFILL: dict[str, Other] = {"vLLM Flash": vllm_flash_attention, "torch Flash": torch_flash, "torch cuDNN": torch_cudnn}

@@ -55,20 +55,24 @@ def extended_layer(
 
 
 def make_batch(
-    block_table: torch.Tensor, context: int, query_len: int, block_size: int, workspace: torch.Tensor | None = None
+    block_table: torch.Tensor, context: int, query_len: int, block_size: int, decode_len: int = 1
 ) -> AttentionBatch:
     """The last `query_len` of each request's `context` tokens are new."""
     num_reqs, device = len(block_table), block_table.device
     positions = torch.arange(context - query_len, context, device=device)
     slots = block_table[:, positions // block_size].long() * block_size + positions % block_size
+    query_start_loc = torch.arange(num_reqs + 1, dtype=torch.int32) * query_len
+    seq_lens = torch.full((num_reqs,), context, dtype=torch.int32)
     return AttentionBatch(
-        query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * query_len,
-        seq_lens=torch.full((num_reqs,), context, dtype=torch.int32, device=device),
+        query_start_loc=query_start_loc.to(device),
+        seq_lens=seq_lens.to(device),
         block_table=block_table,
         slot_mapping=slots.flatten(),
         max_query_len=query_len,
         max_seq_len=context,
-        workspace=workspace,
+        decode_len=decode_len,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens_cpu=seq_lens,
     )
 
 

@@ -1,13 +1,13 @@
 """Compile the Triton kernels for GPUs that need not be there: `python -m benchmarks.triton_compile`.
 
 Every specialisation that serving a common model would compile is compiled, for each target, from the very launches that
-serving makes, on tensors without data. Shown are registers, spills, shared memory, and which matrix instructions the
-loop of the grouped keys has. The exit code is 1 if a loop that can be long spills or one has no matrix instructions, if
-shared memory does not suffice, or if a kernel does not compile.
+serving makes, on tensors without data. Shown are registers, spills, shared memory, how many programs fit on a
+multiprocessor (NVIDIA's), and which matrix instructions the first loop has. The exit code is 1 if a loop that can be
+long spills or one has no matrix instructions, if shared memory does not suffice, or if a kernel does not compile.
 
 Machine code is disassembled with the tools that Triton brings along. A loop is what lies between a label and a jump
-back to it; those with matrix instructions are, in their order, those of the grouped keys, of mixed tiles, of neighbors
-and of the last ones.
+back to it. Those with matrix instructions are, in their order, a decode's of the grouped keys, of mixed tiles, of
+neighbors and of the last ones; a prefill's of the window's edge, of what every row sees, and of the last ones.
 """
 
 import json
@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # kernels defined under it cannot be compiled
 
@@ -33,7 +34,9 @@ from rich.table import Table
 
 from benchmarks.no_device import TARGETS, NoDevice
 from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, GroupSizes, Rotation
-from vllm_selfextend.backends.triton.launches import Launch, TritonLayer
+from vllm_selfextend.backends.triton.buffers import Room
+from vllm_selfextend.backends.triton.launches import LayerKernel
+from vllm_selfextend.backends.triton.layer import TritonLayer
 
 SHARED_MEMORY_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """What a program can have: CUDA C++ Programming Guide, compute capabilities; CDNA 3 instruction set, LDS."""
@@ -41,18 +44,34 @@ SHARED_MEMORY_KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.bfloat16, "float32": torch.float32}
 """Of the queries, by the name of the cache's; fp8 is beside bfloat16."""
 
-STEPS = {"split decode": (4, 1), "decode": (256, 1), "prefill": (1, 2048)}
+STEPS = {"split decode": (4, 1), "decode": (256, 1), "prefill": (1, 4096)}
 """Requests, and new tokens of each. A short batch of decodes shares contexts among programs, a long one does not."""
+
+CONTEXT, TRAINED_LENGTH, NEIGHBOR_WINDOW = 16384, 14336, 1024
+"""A prefill is on both sides of the trained length."""
+
+REGISTERS = 65536
+"""Of a multiprocessor of NVIDIA's."""
 
 ALL = list(TARGETS)
 HEAD_SIZES = [64, 80, 96, 128, 256]
 CACHES = ["bfloat16", "float16", "fp8"]
+
+NUM_LOOPS = {"decode": (2, 4), "varlen": (2, 3)}
+"""With matrix instructions, of the kernels that have any: without group sizes or a window, with them."""
 
 MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)")
 SPILL = re.compile(r"\b(STL|LDL|scratch_store\w*|scratch_load\w*)\b")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 console = Console()
+
+
+class Launch(NamedTuple):
+    """A kernel of a layer, and what a step calls it with."""
+
+    kernel: LayerKernel
+    step: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -68,7 +87,7 @@ class Specialisation:
     is_interleaved: bool
 
     def launches(self) -> Iterator[Launch]:
-        """The launches of the step; a split decode has two."""
+        """The launches of the step, each kernel's first."""
         dtype, num_kv_heads = DTYPES[self.cache], 8
         num_reqs, query_len = STEPS[self.step]
         num_tokens = num_reqs * query_len
@@ -82,22 +101,32 @@ class Specialisation:
             block_table=empty(num_reqs, 1024),
             slot_mapping=empty(num_tokens, dtype=torch.int64),
             max_query_len=query_len,
-            max_seq_len=16384,
+            max_seq_len=CONTEXT,
+            query_start_loc_cpu=torch.arange(num_reqs + 1) * query_len,
+            seq_lens_cpu=torch.full([num_reqs], CONTEXT),
         )
+        eighths = torch.full([CONTEXT], 8)
+        eighths[TRAINED_LENGTH:] = 24
+        sizes = GroupSizes.of(eighths, "meta") if self.is_grouped else None
         params = AttentionParams(
             scale=self.head_size**-0.5,
-            group_sizes=GroupSizes(empty(65536), 64, (1,)) if self.is_grouped else None,
-            neighbor_window=1024,
+            group_sizes=sizes,
+            neighbor_window=NEIGHBOR_WINDOW,
+            log_scale_len=TRAINED_LENGTH if self.is_grouped else 0,
             rotation=Rotation(empty(65536, self.head_size, dtype=torch.float32), self.is_interleaved),
         )
         cache_dtype = torch.uint8 if self.cache == "fp8" else dtype
         kv_cache = empty(4096, num_kv_heads, 16, 2 * self.head_size, dtype=cache_dtype)
         query = empty(num_tokens, self.heads * num_kv_heads, self.head_size, dtype=dtype)
-        key = empty(num_tokens, num_kv_heads, self.head_size, dtype=dtype)
-        layer = TritonLayer(params, TARGETS[self.target])
-        if self.step != "split decode":  # whose store is the decode's
-            yield layer.store_launch(key, key, kv_cache, batch)
-        yield from layer.attention_launches(query, kv_cache, batch, query)
+        found: dict[int, Launch] = {}
+
+        def record(kernel: LayerKernel, grid: tuple[int, int, int], step: tuple[Any, ...]) -> None:
+            found.setdefault(id(kernel), Launch(kernel, step))
+
+        layer = TritonLayer(params, device=TARGETS[self.target], room=Room(8192, 8192))
+        with mock.patch.object(LayerKernel, "__call__", record), mock.patch.object(LayerKernel, "compile"):
+            layer.attend(query, kv_cache, batch, torch.empty_like(query))
+        yield from found.values()
 
 
 @dataclass(frozen=True)
@@ -106,16 +135,27 @@ class Compiled:
 
     specialisation: Specialisation
     kernel: str
+    detail: str
     tiles: str
     registers: int
     spills: int
     shared_memory: int
+    num_warps: int
     loops: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def long_loops(self) -> list[dict[str, Any]]:
-        """Those of grouped keys and of neighbors; the mixed tiles and the last ones are few."""
-        return self.loops[::2]
+        """Those of tiles that every row sees, the others being few; all, where a compiler has made others of them."""
+        return self.loops[-2::-2] if len(self.loops) in NUM_LOOPS.get(self.kernel, ()) else self.loops
+
+    @property
+    def programs(self) -> int:
+        """How many fit on a multiprocessor; 0: not known. Registers are given in pieces of 8 a thread."""
+        if not self.specialisation.target.startswith("sm_"):
+            return 0
+        by_registers = REGISTERS // (32 * self.num_warps * -(-self.registers // 8) * 8)
+        shared = 1024 * (SHARED_MEMORY_KIB[self.specialisation.target] + 1)
+        return min(by_registers, shared // (self.shared_memory + 1024))
 
     @property
     def problems(self) -> list[str]:
@@ -124,11 +164,11 @@ class Compiled:
         limit = 1024 * SHARED_MEMORY_KIB[self.specialisation.target]
         if self.shared_memory > limit:
             found.append(f"shared memory {self.shared_memory} of {limit} bytes")
-        if self.kernel == "attention" and self.specialisation.cache != "float32":
-            if len(self.loops) != (4 if self.specialisation.is_grouped else 2):
+        if self.kernel in NUM_LOOPS and self.specialisation.cache != "float32":
+            if len(self.loops) < min(NUM_LOOPS[self.kernel]):
                 found.append(f"{len(self.loops)} loops with matrix instructions")
             elif spills := sum(loop["spills"] for loop in self.long_loops):
-                found.append(f"{spills} spills in the loops of grouped keys or neighbors")
+                found.append(f"{spills} spills in loops that can be long")
         return found
 
 
@@ -141,20 +181,33 @@ def compile_all(one: Specialisation) -> list[Compiled]:
         kernel = launch.kernel.kernel
         kernel.device_caches.clear()  # kernels compiled for another target
         binary = launch.kernel.compile(*launch.step)
-        tiles = [launch.kernel.constants.get(name, 0) for name in ("BLOCK_M", "FAR_N", "NEAR_N", "num_warps")]
+        constants = launch.kernel.constants
+        shape = ("BLOCK_M", "FAR_N", "NEAR_N") if "FAR_N" in constants else ("BLOCK_M", "BLOCK_N")
+        tiles = [constants.get(name, 0) for name in (*shape, "num_warps")]
         code = disassemble(binary)
         compiled.append(
             Compiled(
                 one,
                 kernel=kernel.__name__.removesuffix("_kernel"),
+                detail=_detail(constants),
                 tiles="x".join(map(str, tiles)) if all(tiles) else "",
                 registers=count_registers(binary),
                 spills=len(SPILL.findall(code)),
                 shared_memory=binary.metadata.shared,
+                num_warps=binary.metadata.num_warps,
                 loops=matrix_loops(code),
             )
         )
     return compiled
+
+
+def _detail(constants: dict[str, Any]) -> str:
+    """Which of a prefill's calls it is."""
+    if "IS_CAUSAL" not in constants:
+        return ""
+    if constants["BLOCK_SIZE"]:
+        return ", window" if constants["WINDOW"] else ", causal"
+    return ", turned, causal" if constants["IS_CAUSAL"] else ", turned"
 
 
 def disassemble(binary: Any) -> str:
@@ -210,27 +263,28 @@ def make_row(one: Compiled) -> dict[str, Any]:
 
 
 def result_table(target: str, results: list[Compiled]) -> Table:
-    """What became of the attention kernel, for people."""
+    """What became of the attention kernels, for people."""
     title = f"{target} ({SHARED_MEMORY_KIB[target]} KiB of shared memory per program)"
     table = Table(title=title, box=rich.box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("cache")
     table.add_column("head\nsize", justify="right")
     table.add_column("step", no_wrap=True)
-    table.add_column("rows x keys\nx near x warps", justify="right")
-    for name in ("regis-\nters", "spills,\nin loops", "KiB"):
+    table.add_column("tile\nx warps", justify="right", no_wrap=True)
+    for name in ("regis-\nters", "spills,\nin loops", "KiB", "pro-\ngrams"):
         table.add_column(name, justify="right")
     table.add_column("in the\nfirst loop", no_wrap=True)
     for one in results:
-        first = one.loops[0] if one.loops else {"count": "", "instruction": ""}
+        first = one.loops[0] if one.loops else {"instruction": ""}
         table.add_row(
             one.specialisation.cache,
             str(one.specialisation.head_size),
-            one.specialisation.step,
+            f"{one.specialisation.step}{one.detail}",
             one.tiles,
             str(one.registers),
             f"{one.spills}, {sum(loop['spills'] for loop in one.loops)}",
             f"{one.shared_memory / 1024:.0f}",
-            f"{first['count']} {first['instruction']}",
+            str(one.programs or ""),
+            str(first["instruction"]),
         )
     return table
 
@@ -266,10 +320,10 @@ def main(
         json_file.write_text("".join(json.dumps(make_row(one)) + "\n" for one in results), encoding="utf-8")
     for name in target:
         of_target = [one for one in results if one.specialisation.target == name]
-        console.print(result_table(name, [one for one in of_target if one.kernel == "attention"]))
-        others = [one for one in of_target if one.kernel != "attention"]
+        console.print(result_table(name, [one for one in of_target if one.kernel in NUM_LOOPS]))
+        others = [one for one in of_target if one.kernel not in NUM_LOOPS]
         registers, spills = max(one.registers for one in others), sum(one.spills for one in others)
-        console.print(f"{len(others)} store and merge kernels: at most {registers} registers, {spills} spills.\n")
+        console.print(f"{len(others)} kernels that turn and join: at most {registers} registers, {spills} spills.\n")
     problems = [(one, problem) for one in results for problem in one.problems]
     for one, problem in problems:
         console.print(f"{one.specialisation}: {one.kernel}: {problem}", style="red")

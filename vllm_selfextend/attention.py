@@ -3,11 +3,14 @@
 Modelled on the interface in `vllm/v1/attention/backend.py` (0.32 and 0.33).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -18,13 +21,18 @@ from vllm.v1.attention.backend import (
     AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
+    max_decode_query_len,
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 from .backends import load_kernels
-from .backends.interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, LayerKernels, Rotation
+from .backends.interface import AttentionBatch, AttentionParams, GroupSizes, Host, Kernels, LayerKernels, Rotation
 from .backends.limits import MAX_POSITIONS
+from .gpu_operators import HALF_DTYPES, find_attention, find_store
 from .plan import ExtensionPlan, read_plan
+
+logger = init_logger("vllm.self_extend")
 
 
 class SelfExtendBackend(AttentionBackend):
@@ -56,6 +64,13 @@ class SelfExtendBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
     @classmethod
+    def supports_kv_cache_dtype(cls, kv_cache_dtype: Any) -> bool:
+        """As listed; but where fp8 is e4m3fnuz (MI300), vLLM stores bytes that the kernels would read wrongly."""
+        is_fp8 = str(kv_cache_dtype).startswith("fp8")
+        supported: bool = super().supports_kv_cache_dtype(kv_cache_dtype)
+        return supported and not (is_fp8 and current_platform.is_fp8_fnuz())
+
+    @classmethod
     def supports_sink(cls) -> bool:
         return True
 
@@ -81,8 +96,9 @@ class SelfExtendMetadata(AttentionMetadata):
 class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
     """Turns vLLM's common metadata into the kernels' batch, once per step for all layers.
 
-    The batch refers to vLLM's persistent buffers and to a workspace of ours and holds nothing of its own, so a captured
-    CUDA graph finds the next step's requests in it, and vLLM may draft several tokens with one batch.
+    Of decodes the batch refers to vLLM's persistent buffers and holds nothing of its own, so a captured CUDA graph
+    finds the next step's requests in it, and vLLM may draft several tokens with one batch. Prefills are planned on the
+    host.
     """
 
     def __init__(
@@ -90,18 +106,24 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
-        sizes = [
-            layer.impl.kernels.workspace_size(layer.impl.num_heads, layer.impl.num_kv_heads, layer.head_size, device)
-            for layer in layers
-        ]
-        self.workspace = torch.empty(max(sizes), dtype=torch.float32, device=device)
-        # For the others, of whose calls no graph is captured, vLLM builds each draft's batch.
+        # The longest of a draft model's requests to be verified has one token more.
+        self.decode_len = max([max_decode_query_len(vllm_config) + 1, *(layer.impl.decode_len for layer in layers)])
+        # A draft model reads a token more of each request than vLLM says on the host
+        # (`vllm/v1/worker/gpu/spec_decode/standalone_ar/speculator.py`). Beside its target's layers, in a builder for
+        # both, it is not what a batch is made for.
+        self.knows_lengths = not all(layer.impl.is_of_draft for layer in layers)
+        # For kernels of whose calls no graph is captured vLLM builds each draft's batch.
         self.supports_draft_decode_metadata_update = _captures_graphs(vllm_config)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        """A captured graph can be replayed with any batch, or cannot be captured."""
-        return AttentionCGSupport.ALWAYS if _captures_graphs(vllm_config) else AttentionCGSupport.NEVER
+        """A captured graph of decodes can be replayed with any others, or cannot be captured."""
+        return AttentionCGSupport.UNIFORM_BATCH if _captures_graphs(vllm_config) else AttentionCGSupport.NEVER
+
+    @classmethod
+    def get_varlen_cudagraph_max_query_len(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> int | None:
+        """Decodes of a captured graph may have any lengths up to that: kernels read them from the device."""
+        return max_decode_query_len(vllm_config) if _captures_graphs(vllm_config) else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -117,7 +139,9 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
             slot_mapping=common.slot_mapping[:num_tokens],
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
-            workspace=self.workspace,
+            decode_len=self.decode_len,
+            query_start_loc_cpu=common.query_start_loc_cpu,
+            seq_lens_cpu=common.seq_lens_cpu_upper_bound if self.knows_lengths else None,
         )
         return SelfExtendMetadata(batch, num_tokens)
 
@@ -126,7 +150,7 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
 
 
 def _captures_graphs(vllm_config: VllmConfig) -> bool:
-    """Whether the kernels never look at their batch from the host."""
+    """Whether the kernels do not look at a batch of decodes from the host."""
     return load_kernels(read_plan(vllm_config).kernel).IS_CAPTURABLE
 
 
@@ -160,8 +184,14 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         self.soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
         self.shares_kv_cache = kv_sharing_target_layer_name is not None
-        self.plan = read_plan(get_current_vllm_config())
+        vllm_config = get_current_vllm_config()
+        self.plan = read_plan(vllm_config)
         self.kernels: Kernels = load_kernels(self.plan.kernel)
+        self.decode_len = self.kernels.decode_len(self.num_heads // self.num_kv_heads)
+        self.host = Host(vllm_config.scheduler_config.max_num_batched_tokens, self.plan.max_model_len)
+        self.flash_attention = find_attention(head_size, self.scale, self.soft_cap)
+        self.is_of_draft = vllm_config.model_config.runner_type == "draft"
+        self.workspace_size: int | None = None
         self.rotation: Rotation | None = None
         self.group_sizes: GroupSizes | None = None
         self.is_bound = False
@@ -181,15 +211,33 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
     def warm_up(self, layer: AttentionLayer, dtype: torch.dtype) -> None:
         """Compile what serving the layer needs; its cache is allocated, and its queries will have that dtype."""
         heads = self.num_heads, self.num_kv_heads, self.num_kv_heads
-        qkv = torch.empty(2, sum(heads), self.head_size, dtype=dtype, device=layer.kv_cache.device)
+        qkv = torch.zeros(2, sum(heads), self.head_size, dtype=dtype, device=layer.kv_cache.device)
         query, key, value = qkv.split(heads, dim=1)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        self._layer_kernels(layer).warm_up(query, key, value, layer.kv_cache, out)
+        self._workspace(query)  # a draft's may not have been asked for while vLLM measured memory
+        self._layer_kernels(layer, dtype).warm_up(query, key, value, layer.kv_cache, out)
 
-    def _layer_kernels(self, layer: AttentionLayer) -> LayerKernels:
+    def _layer_kernels(self, layer: AttentionLayer, dtype: torch.dtype) -> LayerKernels:
         if self.layer_kernels is None:  # made once the layer is bound and its weights are loaded
-            self.layer_kernels = self.kernels.prepare(self.params(layer))
+            host = self.host
+            if self.kernels.IS_CAPTURABLE:  # the others run on CPUs, or anywhere
+                attention = self.flash_attention if dtype in HALF_DTYPES else None
+                if attention is not None:
+                    logger.info_once("Self-Extend's prefills run on FlashAttention %d.", attention.version)
+                host = dataclasses.replace(host, store=find_store(layer, self.kv_cache_dtype), attention=attention)
+            self.layer_kernels = self.kernels.prepare(self.params(layer), host)
         return self.layer_kernels
+
+    def _workspace(self, query: torch.Tensor) -> torch.Tensor | None:
+        """Room for what kernels work out, which vLLM's profiling sees: the same for all layers, one a microbatch."""
+        if self.workspace_size is None:
+            shape = self.num_heads, self.num_kv_heads, self.head_size, query.dtype
+            self.workspace_size = self.kernels.workspace_size(*shape, query.device, self.host)
+        if self.workspace_size == 0 or not is_workspace_manager_initialized():
+            return None
+        (workspace,) = current_workspace_manager().get_simultaneous(((self.workspace_size,), torch.uint8))
+        found: torch.Tensor = workspace
+        return found
 
     def params(self, layer: AttentionLayer) -> AttentionParams:
         """What kernels need to know of the layer.
@@ -242,11 +290,12 @@ class SelfExtendImpl(AttentionImpl[SelfExtendMetadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("Self-Extend does not write quantized attention output.")
+        workspace = self._workspace(query)
         if attn_metadata is None:
             return output.zero_()
-        kernels = self._layer_kernels(layer)
+        kernels = self._layer_kernels(layer, query.dtype)
         num_tokens, batch = attn_metadata.num_actual_tokens, attn_metadata.batch
         if not self.shares_kv_cache and key is not None and value is not None:
             kernels.store(key[:num_tokens], value[:num_tokens], kv_cache, batch)
-        kernels.attend(query[:num_tokens], kv_cache, batch, output[:num_tokens])
+        kernels.attend(query[:num_tokens], kv_cache, batch, output[:num_tokens], workspace)
         return output

@@ -25,11 +25,15 @@ _INTERFACE = (
         "KVConnectorFactory.create_connector",
         ("config", "role", "kv_cache_config"),
     ),
+    ("vllm._custom_ops", "reshape_and_cache_flash", ("key_cache", "value_cache", "slot_mapping", "kv_cache_dtype")),
     ("vllm.forward_context", "set_forward_context", ("attn_metadata", "vllm_config", "num_tokens", "skip_compiled")),
     ("vllm.platforms.interface", "Platform.get_attn_backend_cls", ("selected_backend", "attn_selector_config")),
     ("vllm.v1.attention.backends.registry", "AttentionBackendEnum.CUSTOM", ()),
     ("vllm.v1.attention.backend", "AttentionBackend.validate_configuration", ()),
+    ("vllm.v1.attention.backend", "max_decode_query_len", ("vllm_config",)),
+    ("vllm.v1.attention.backends.fa_utils", "get_flash_attn_version", ("head_size", "requires_softcap")),
     ("vllm.v1.kv_cache_interface", "KVCacheLayout.LBHNC", ()),
+    ("vllm.v1.worker.workspace", "WorkspaceManager.get_simultaneous", ()),
 )
 
 _NAME = "selfextend"

@@ -25,6 +25,13 @@ class SelfExtendWorker:
         if read_plan(self.vllm_config).changes_model:
             bind_models(self.model_runner, self.vllm_config)
 
+    def determine_available_memory(self) -> int:
+        """Measure memory, and let go of the small cache that graphs are captured with on the way."""
+        available: int = super().determine_available_memory()  # type: ignore[misc]
+        for layer in _layers(self.vllm_config):
+            layer.impl.layer_kernels = None
+        return available
+
     def compile_or_warm_up_model(self) -> Any:
         """Compile the layers' kernels, the draft model's too, so that no request waits for that."""
         for layer in _layers(self.vllm_config):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..interface import AttentionBatch, AttentionParams, Kernels, LayerKernels
+from ..interface import NO_HOST, AttentionBatch, AttentionParams, Host, Kernels, LayerKernels
 
 
 def _register_operators() -> None:
@@ -99,7 +99,7 @@ class CPUKernels(Kernels):
             return None
         return f"they take multiples of {_HEAD_SIZE_STEP} up to {_MAX_HEAD_SIZE}"
 
-    def prepare(self, params: AttentionParams) -> "CPULayer":
+    def prepare(self, params: AttentionParams, host: Host = NO_HOST) -> "CPULayer":
         """See `interface.Kernels.prepare`."""
         return CPULayer(params, self.VARIANT)
 
@@ -125,7 +125,14 @@ class CPULayer(LayerKernels):
         """See `interface.LayerKernels.store`."""
         _store_kv(key, value, kv_cache, batch.slot_mapping, *self._store)
 
-    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: AttentionBatch, out: torch.Tensor) -> None:
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: AttentionBatch,
+        out: torch.Tensor,
+        workspace: torch.Tensor | None = None,
+    ) -> None:
         """See `interface.LayerKernels.attend`."""
         lengths = batch.query_start_loc, batch.seq_lens, batch.block_table
         _attention(query, kv_cache, *lengths, out, *self._attend)

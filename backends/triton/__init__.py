@@ -1,9 +1,9 @@
 """Self-Extend's kernels in Triton, for GPUs; under `TRITON_INTERPRET=1` they run on CPU tensors, slowly.
 
 Block interior: `[block_size, 2 * head_size]`, a token's key and then its value. float32, bfloat16, float16 and fp8
-(e4m3) caches; products in the queries' dtype, sums in float32. Nothing here looks at device data or waits for it
-(`launches.py`), so that a captured graph can be replayed with other lengths. Importing this raises `ImportError` where
-Triton is not installed.
+(e4m3) caches; products in the queries' dtype, sums in float32. Decodes are launched by shapes alone
+(`decode_launches.py`), so that a captured graph can be replayed with others; prefills are planned on the host.
+Importing this raises `ImportError` where Triton is not installed.
 """
 
 import torch
@@ -13,8 +13,11 @@ try:
 except ImportError as error:
     raise ImportError(f"{error}. pip install triton") from error
 
-from ..interface import AttentionParams, Kernels
-from .launches import TritonLayer, workspace_size
+from ..interface import NO_HOST, AttentionParams, Host, Kernels
+from ..paged_cache import KEY_THEN_VALUE
+from .buffers import Room
+from .decode_launches import decode_len
+from .layer import TritonLayer, workspace_size
 from .tiles import find_device
 
 IS_INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -30,7 +33,7 @@ class TritonKernels(Kernels):
     """See `interface.Kernels`."""
 
     IS_CAPTURABLE = True
-    CACHE_LAYOUT = "triton-2"
+    CACHE_LAYOUT = KEY_THEN_VALUE
     VARIANT = f"Triton {triton.__version__}"
 
     def unsupported_device(self, device: torch.device, capability: tuple[int, int] | None) -> str | None:
@@ -46,13 +49,19 @@ class TritonKernels(Kernels):
         """See `interface.Kernels.unsupported_head_size`."""
         return None if head_size <= MAX_HEAD_SIZE else f"they take sizes up to {MAX_HEAD_SIZE}"
 
-    def workspace_size(self, num_heads: int, num_kv_heads: int, head_size: int, device: torch.device) -> int:
-        """See `interface.Kernels.workspace_size`."""
-        return workspace_size(num_heads, num_kv_heads, head_size, find_device(device))
+    def decode_len(self, heads: int) -> int:
+        """See `interface.Kernels.decode_len`."""
+        return decode_len(heads)
 
-    def prepare(self, params: AttentionParams) -> TritonLayer:
+    def workspace_size(
+        self, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device, host: Host
+    ) -> int:
+        """See `interface.Kernels.workspace_size`."""
+        return workspace_size(num_heads, num_kv_heads, head_size, dtype, find_device(device), Room.of(host))
+
+    def prepare(self, params: AttentionParams, host: Host = NO_HOST) -> TritonLayer:
         """See `interface.Kernels.prepare`."""
-        return TritonLayer(params)
+        return TritonLayer(params, host)
 
 
 KERNELS = TritonKernels()

@@ -1,4 +1,4 @@
-"""How the attention kernel is cut into tiles, by head size and GPU.
+"""How `decode_kernel` and `varlen_kernel` are cut into tiles, by head size and GPU.
 
 Chosen so that loops spill no registers and shared memory suffices, which `benchmarks/triton_compile.py` shows; nothing
 is tried out at serving time.
@@ -6,6 +6,7 @@ is tried out at serving time.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -45,7 +46,7 @@ def find_device(device: torch.device) -> Device:
 
 @dataclass(frozen=True)
 class Tiles:
-    """One launch's tiles.
+    """How `decode_kernel` is cut.
 
     Attributes:
         rows: Queries times the query heads of a KV head.
@@ -55,6 +56,7 @@ class Tiles:
             way, since keys are found through the block table.
         near_stages: The same of the neighbors.
         num_warps: Of a program.
+        most_registers: Of a thread; None leaves it to the compiler.
 
     """
 
@@ -64,9 +66,10 @@ class Tiles:
     far_stages: int
     near_stages: int
     num_warps: int
+    most_registers: int | None = None
 
-    def arguments(self) -> dict[str, int]:
-        """What the kernel calls them, and a multiplication and an addition in one instruction."""
+    def arguments(self) -> dict[str, int | None]:
+        """What it calls them."""
         return {
             "BLOCK_M": self.rows,
             "FAR_N": self.far_keys,
@@ -74,8 +77,14 @@ class Tiles:
             "FAR_STAGES": self.far_stages,
             "NEAR_STAGES": self.near_stages,
             "num_warps": self.num_warps,
-            "enable_fp_fusion": True,
+            "maxnreg": self.most_registers,
         }
+
+
+def decode_rows(heads: int) -> int:
+    """Rows of a decode's tile: tensor cores multiply 16 at least."""
+    rows: int = max(16, triton.next_power_of_2(heads))
+    return rows
 
 
 def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
@@ -89,8 +98,7 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
         device: What it will run on.
 
     """
-    # Tensor cores multiply 16 rows at least.
-    rows = max(16, triton.next_power_of_2(heads))
+    rows = decode_rows(heads)
     num_warps = 8 if rows > 32 or head_size > 128 else 4
     if device.target is None:
         return Tiles(rows, 16, 32, 1, 1, 1)
@@ -99,23 +107,33 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
     if device.target.backend == "hip":
         return Tiles(rows, *((32, 64) if head_size <= 128 else (16, 32)), 2, 2, 8 if rows > 32 else 4)
     if head_size <= 128:
-        return Tiles(rows, 32, 64, 5, 5, num_warps)
-    return Tiles(rows, 16, 32, 1 if is_fp8 and device.is_cuda(120) else 3, 3, 8)
+        # All that there are: told nothing, some versions of the compiler spill to fit three programs instead of two.
+        return Tiles(rows, 32, 64, 5, 5, num_warps, 255)
+    return Tiles(rows, 16, 32, 1 if is_fp8 and device.is_cuda(100) else 3, 3, 8)
 
 
-def prefill_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> Tiles:
+class VarlenTiles(NamedTuple):
+    """How `varlen_kernel` is cut: rows, as of `Tiles`, and keys of a tile, tiles on their way, and warps."""
+
+    rows: int
+    keys: int
+    stages: int
+    num_warps: int
+
+
+def varlen_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device: Device) -> VarlenTiles:
     """Tiles for many queries per request; arguments as of `decode_tiles`."""
     at_least = triton.next_power_of_2(heads)
     if device.target is None:
-        return Tiles(max(64, at_least), 16, 32, 1, 1, 1)
+        return VarlenTiles(max(64, at_least), 32, 1, 1)
     if itemsize == 4:  # without tensor cores, which would round
-        return Tiles(max(32, at_least), 16, 16, 1, 3, 8)
+        return VarlenTiles(max(32, at_least), 16, 3, 8)
     if device.target.backend == "hip":
-        return Tiles(max(64, at_least), *((32, 64) if head_size <= 128 else (16, 32)), 2, 2, 4)
+        return VarlenTiles(max(64, at_least), 64 if head_size <= 128 else 32, 2, 4)
     if device.has_wgmma:
-        return Tiles(128, 64, 64, 3, 5, 8) if head_size <= 128 else Tiles(128, 16, 32, 1, 3, 8)
+        return VarlenTiles(128, 64, 5, 8) if head_size <= 128 else VarlenTiles(128, 32, 3, 8)
     if head_size <= 64:
-        return Tiles(128, 32, 64, 5, 5, 8)
+        return VarlenTiles(128, 64, 5, 8)
     if head_size <= 128:
-        return Tiles(max(64, at_least), 16, 32, 3, 5, 8 if is_fp8 else 4)
-    return Tiles(max(16 if device.is_cuda(120) else 32, at_least), 16, 32, 1, 3, 8)
+        return VarlenTiles(max(64, at_least), 32, 5, 8 if is_fp8 else 4)
+    return VarlenTiles(max(16 if device.is_cuda(120) else 32, at_least), 32, 3, 8)

@@ -5,6 +5,7 @@ and how its persistent buffers are filled before. What a captured function is gi
 metadata that holds a copy of a buffer, or a number of the batch, goes on with the capture's.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import ForwardContext, create_forward_context, override_forward_context
+from vllm.v1.worker.gpu.attn_utils import get_attn_cg_support
 from vllm.v1.worker.gpu.cudagraph_utils import (
     BatchExecutionDescriptor,
     CreateForwardFn,
@@ -115,9 +117,15 @@ class Microbatches(UBatchRunner):
 
 
 def capture_graphs(runner: GPUModelRunner, mode: str, microbatches: bool) -> None:
-    """Have a runner's steps run from graphs from now on; `mode` is one of vLLM's `cudagraph_mode`."""
+    """Have a runner's steps run from graphs from now on; `mode` is the user's `cudagraph_mode`."""
     runner.compilation_config.cudagraph_capture_sizes = CAPTURE_SIZES
     runner.compilation_config.max_cudagraph_capture_size = max(CAPTURE_SIZES)
+    support = get_attn_cg_support(runner.attn_groups, runner.vllm_config)
+    asked = copy.copy(runner.compilation_config)
+    asked.cudagraph_mode = CUDAGraphMode[mode]
+    resolved = asked.resolve_cudagraph_mode_and_sizes(
+        support.min_cg_support, support.min_cg_attn_backend, runner.decode_query_len, use_v2_model_runner=True
+    )
     if microbatches:
         runner.parallel_config.ubatch_size = 2
         runner.parallel_config.dbo_decode_token_threshold = 1
@@ -125,7 +133,7 @@ def capture_graphs(runner: GPUModelRunner, mode: str, microbatches: bool) -> Non
             for group in groups:
                 group.create_metadata_builders(runner.vllm_config, runner.device, block_size, num_metadata_builders=2)
         runner.ubatch_runner = Microbatches(runner)
-    runner.cudagraph_manager = Replays(runner, CUDAGraphMode[mode])
+    runner.cudagraph_manager = Replays(runner, resolved)
     runner.cudagraph_manager.capture(
         runner.model,
         runner.model_state,
@@ -144,8 +152,9 @@ def spoil_cache(runner: GPUModelRunner) -> None:
 
 
 def what_ran(runner: GPUModelRunner) -> dict[str, Any]:
-    """The steps since the last capture, and whether anything was stored in the block that padding refers to."""
+    """The graphs' mode, the steps since the last capture, and whether anything was stored where padding points."""
     return {
+        "mode": runner.cudagraph_manager.cudagraph_mode.name,
         "steps": runner.cudagraph_manager.steps,
         "empty_microbatches": runner.ubatch_runner.num_empty if runner.ubatch_runner else 0,
         "null_block_is_untouched": all(bool(cache[0].isnan().all()) for cache in runner.kv_caches),

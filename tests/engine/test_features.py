@@ -156,8 +156,8 @@ class CheckedKernels:
         self.kernels.store(key, value, kv_cache, batch)
         self.reference.store(key, value, self.cache, batch)
 
-    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: Any, out: torch.Tensor) -> None:
-        self.kernels.attend(query, kv_cache, batch, out)
+    def attend(self, query: torch.Tensor, kv_cache: torch.Tensor, batch: Any, out: torch.Tensor, *room: Any) -> None:
+        self.kernels.attend(query, kv_cache, batch, out, *room)
         wanted = torch.empty_like(out)
         self.reference.attend(query, self.cache, batch, wanted)
         allowed = TOLERANCE[out.dtype] * float(wanted.abs().max())

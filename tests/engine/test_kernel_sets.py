@@ -91,7 +91,9 @@ def test_kernels_for_gpus_agree_in_chunks_batches_and_on_a_prefix_hit(start_engi
         )
         assert kernel_modules(llm) == {f"vllm_selfextend.backends.{kernel}"}
         support = SelfExtendMetadataBuilder.get_cudagraph_support(llm.llm_engine.vllm_config, None)
-        assert support == (AttentionCGSupport.NEVER if kernel == "cpu" else AttentionCGSupport.ALWAYS)
+        assert support == (AttentionCGSupport.NEVER if kernel == "cpu" else AttentionCGSupport.UNIFORM_BATCH)
+        longest = SelfExtendMetadataBuilder.get_varlen_cudagraph_max_query_len(llm.llm_engine.vllm_config, None)
+        assert longest == (None if kernel == "cpu" else 1)
         first = llm.generate(texts[:3], sampling, use_tqdm=False)
         again = llm.generate(texts[3:], sampling, use_tqdm=False)
         assert again[0].num_cached_tokens > 0

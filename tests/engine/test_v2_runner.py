@@ -95,6 +95,11 @@ def test_in_a_batch_in_chunks_and_on_a_prefix_hit(checkpoint: Callable, on_v1: C
     found = on_v2(serve(model, "triton", max_num_batched_tokens=64), prompts(), rounds=(None, None))
     assert found["answers"] == expected * 2
     assert found["counters"]["vllm:prefix_cache_hits"] > sum(LENGTHS) // 2
+    # Within the trained length, neighbors, and grouped keys of which each row sees one more, or all.
+    everything = [[False, False, 0], [False, True, 0], [True, True, 0], [True, True, 16]]
+    assert found["flash_calls"] == everything
+    # What vLLM measures before it sizes its cache is what steps have.
+    assert found["profiled_workspace"] == found["workspace"] > 0
 
 
 def test_sliding_layers_beside_full_ones(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
@@ -107,7 +112,9 @@ def test_an_fp8_cache(checkpoint: Callable, on_v1: Callable, on_v2: Callable) ->
     fp8 = {"kv_cache_dtype": "fp8"}
     model = checkpoint("llama")
     expected = on_v1(serve(model, "cpu", **fp8), prompts())["answers"]
-    assert on_v2(serve(model, "triton", **fp8), prompts())["answers"] == expected
+    found = on_v2(serve(model, "triton", **fp8), prompts())
+    assert found["answers"] == expected
+    assert [is_paged for is_paged, _, _ in found["flash_calls"]] == [False, False]
 
 
 def test_a_draft_model(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
@@ -169,8 +176,7 @@ def test_tensor_parallel(checkpoint: Callable, on_v1: Callable, on_v2: Callable)
 
 def test_graphs_replayed_for_other_batches(checkpoint: Callable, on_v1: Callable, on_v2: Callable) -> None:
     model = checkpoint("gemma3")
-    kinds = [("FULL", False), ("FULL_DECODE_ONLY", False), ("FULL_DECODE_ONLY", True)]
-    rounds = [{"mode": mode, "microbatches": microbatches} for mode, microbatches in kinds]
+    rounds = [{"mode": "FULL", "microbatches": microbatches} for microbatches in (False, True)]
     limits = {"max_num_batched_tokens": 48, "max_num_seqs": 8}
     expected = on_v1(serve(model, "cpu"), prompts())
     found = on_v2(serve(model, "triton", **limits), prompts(), rounds=rounds)
@@ -178,9 +184,9 @@ def test_graphs_replayed_for_other_batches(checkpoint: Callable, on_v1: Callable
     for logprobs in found["logprobs"]:
         assert logprobs == pytest.approx(expected["logprobs"][0], abs=1e-4)
     # The last token of a prefill is an answer's first; 5 decodes of 4 requests follow, padded to 6, and a dummy batch.
-    all_from_graphs, decodes, in_microbatches = found["replayed"]
-    assert all_from_graphs["steps"] == {"FULL 48": 6, "FULL 6": 6}
-    assert decodes["steps"] == {"NONE 16": 1, "FULL 6": 6}  # what is left of the prompts after a prefix hit
+    decodes, in_microbatches = found["replayed"]
+    assert [one["mode"] for one in found["replayed"]] == ["FULL_DECODE_ONLY"] * 2
+    assert decodes["steps"] == {"NONE 48": 5, "NONE 13": 1, "FULL 6": 6}  # chunks of the prompts, and the last one
     assert in_microbatches["steps"] == {"NONE 20": 4, "FULL 6": 3}
     assert in_microbatches["empty_microbatches"] == 3
     assert all(one["null_block_is_untouched"] for one in found["replayed"])

@@ -1,14 +1,18 @@
 """Engines on vLLM's V2 model runner, a GPU's default, with the Triton kernels: on a CPU, in Triton's interpreter.
 
+FlashAttention, which does prefills there, has a stand-in, but in the workers that vLLM spawns.
+
 `python -m tests.engine.v2_runner` reads cases from stdin (JSON, see `Case`) and writes what they answer; a process of
 its own, since what a process runs on is settled when it imports vLLM.
 """
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
+from unittest import mock
 
 
 def let_triton_run_on_cpus() -> None:
@@ -77,6 +81,7 @@ def run(case: Case, start_engine: Callable[..., Any]) -> dict[str, Any]:
 
     llm = start_engine(**case["settings"])
     cold_layers = llm.collective_rpc(layers_without_kernels)
+    llm.collective_rpc(lock_workspace)
     sampling = SamplingParams(
         temperature=0.0, max_tokens=case["new_tokens"], ignore_eos=True, detokenize=False, logprobs=0
     )
@@ -112,10 +117,65 @@ def runner_name(worker: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def lock_workspace(worker: Any) -> None:
+    """As vLLM does once graphs are captured: a step that wants more is an error."""
+    from vllm.v1.worker import workspace
+
+    if workspace.is_workspace_manager_initialized():
+        workspace.lock_workspace()
+
+
 def layers_without_kernels(worker: Any) -> list[str]:
     """Layers, the draft's too, whose kernels are yet to be chosen and compiled, at the cost of a request."""
     layers = worker.vllm_config.compilation_config.static_forward_context
-    return [name for name, layer in layers.items() if len(getattr(layer.impl.layer_kernels, "made", ())) < 2]
+    return [name for name, layer in layers.items() if not getattr(layer.impl.layer_kernels, "made", ())]
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(found: dict[str, Any]) -> Iterator[None]:
+    """Engines of this process have what vLLM has on a GPU.
+
+    That is a workspace manager, memory measured on the largest step before there is a cache, and FlashAttention, its
+    stand-in. Into `found` go the workspace's bytes after that step, and the prefills' calls.
+    """
+    import torch
+    from vllm.v1.worker import workspace
+    from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from tests.kernels.flash_stand_in import FlashStandIn
+
+    flash: list[FlashStandIn] = []
+    profile = CPUModelRunner.profile_run
+
+    def find_attention(head_size: int, scale: float, soft_cap: float) -> FlashStandIn:
+        flash.append(FlashStandIn(scale, soft_cap))
+        return flash[-1]
+
+    def profile_run(runner: CPUModelRunner) -> None:
+        workspace.init_workspace_manager(torch.device("cpu"))  # one engine's end takes away the next one's, made sooner
+        profile(runner)
+        found["profiled_workspace"] = workspace_size()
+
+    with (
+        mock.patch("vllm_selfextend.attention.find_attention", find_attention),
+        mock.patch("vllm_selfextend.attention.HALF_DTYPES", (torch.float32,)),
+        mock.patch.object(CPUWorker, "_should_warm_up_model", return_value=True),
+        mock.patch.object(CPUModelRunner, "profile_run", profile_run),
+    ):
+        yield
+    found["workspace"] = workspace_size()
+    found["flash_calls"] = sorted({call for one in flash for call in one.calls})
+
+
+def workspace_size() -> int:
+    """How many bytes vLLM's manager holds; 0 where engines run in other processes."""
+    from vllm.v1.worker import workspace
+
+    if not workspace.is_workspace_manager_initialized():
+        return 0
+    manager = workspace.current_workspace_manager()
+    return sum(manager._workspace_size_bytes(one) for one in manager._current_workspaces)
 
 
 def main() -> None:
@@ -127,7 +187,10 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not lie among the answers
     with engines() as start_engine:
         for line in sys.stdin:
-            print(json.dumps(run(json.loads(line), start_engine)), file=answers, flush=True)
+            found: dict[str, Any] = {}
+            with as_on_a_gpu(found):
+                found |= run(json.loads(line), start_engine)
+            print(json.dumps(found), file=answers, flush=True)
 
 
 if __name__ == "__main__":

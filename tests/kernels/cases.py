@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from vllm_selfextend.backends.interface import (
+    NO_HOST,
     AttentionBatch,
     AttentionParams,
     GroupSizes,
+    Host,
     Kernels,
     Rotation,
     num_rotation_steps,
@@ -204,9 +206,12 @@ class Step:
         workspace: torch.Tensor | None = None,
         padding: int = 0,
         max_query_len: int | None = None,
+        decode_len: int | None = None,
+        host: Host = NO_HOST,
     ) -> None:
         case, device = problem.case, problem.device
-        self.kernels, self.problem, self.dtype, self.padding = kernels, problem, dtype, padding
+        self.problem, self.dtype, self.padding, self.workspace = problem, dtype, padding, workspace
+        self.decode_len = decode_len or kernels.decode_len(case.num_heads // case.num_kv_heads)
         generator = _generator(case, 2)
         blocks_of = [-(-seq_len // case.block_size) for _, seq_len in case.requests]
         num_blocks = sum(blocks_of) + 2
@@ -221,7 +226,7 @@ class Step:
         shape = num_blocks, case.num_kv_heads, case.block_size, 2 * case.head_size
         self.kv_cache = torch.full(shape, nothing, device=device).to(cache_dtype)
         self.params = case.params(torch.float64 if dtype == torch.float64 else torch.float32, device)
-        self.layer = kernels.prepare(self.params)
+        self.layer = kernels.prepare(self.params, host)
 
         old = [(0, seq_len - query_len) for query_len, seq_len in case.requests]
         new = [(seq_len - query_len, seq_len) for query_len, seq_len in case.requests]
@@ -232,7 +237,7 @@ class Step:
             self._tokens(problem.values, new, turned=False),
         )
         self.query = self._tokens(problem.queries, new, turned=True)
-        self.batch = self._batch(new, workspace)
+        self.batch = self._batch(new)
         self.asked = self.batch if max_query_len is None else replace(self.batch, max_query_len=max_query_len)
 
     def store(self) -> None:
@@ -242,10 +247,10 @@ class Step:
     def attend(self) -> torch.Tensor:
         """The kernels' answer."""
         out = torch.full_like(self.query, float("nan"))
-        self.layer.attend(self.query, self.kv_cache, self.asked, out)
+        self.layer.attend(self.query, self.kv_cache, self.asked, out, self.workspace)
         return out
 
-    def _batch(self, spans: list[tuple[int, int]], workspace: torch.Tensor | None = None) -> AttentionBatch:
+    def _batch(self, spans: list[tuple[int, int]]) -> AttentionBatch:
         """The step in which the tokens `begin .. end - 1` of each request are new."""
         block_size, device, padding = self.problem.case.block_size, self.problem.device, self.padding
         positions = [torch.arange(begin, end, device=device) for begin, end in spans]
@@ -254,14 +259,20 @@ class Step:
             for row, p in zip(self.block_table, positions, strict=True)
         ]
         lens = [end - begin for begin, end in spans] + [0] * padding
+        query_start_loc = torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32)
+        seq_lens = torch.tensor([end for _, end in spans] + [0] * padding, dtype=torch.int32)
+        # Of decodes the host need not know more than an upper bound.
+        bounds = [end + 3 * (n <= self.decode_len) for n, end in zip(lens, seq_lens.tolist(), strict=True)]
         return AttentionBatch(
-            query_start_loc=torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32, device=device),
-            seq_lens=torch.tensor([end for _, end in spans] + [0] * padding, dtype=torch.int32, device=device),
+            query_start_loc=query_start_loc.to(device),
+            seq_lens=seq_lens.to(device),
             block_table=torch.nn.functional.pad(self.block_table, (0, 0, 0, padding)),
             slot_mapping=torch.cat([*slots, torch.full([padding], -1, device=device)]),
             max_query_len=max(lens),
             max_seq_len=max(end for _, end in spans),
-            workspace=workspace,
+            decode_len=self.decode_len,
+            query_start_loc_cpu=query_start_loc,
+            seq_lens_cpu=torch.tensor(bounds, dtype=torch.int32),
         )
 
     def _tokens(self, tensors: list[torch.Tensor], spans: list[tuple[int, int]], *, turned: bool) -> torch.Tensor:

@@ -26,16 +26,19 @@ def test_kernels_compile_for_gpus_without_spills_in_loops(tmp_path: Path) -> Non
     options += ["--head-size=64", "--head-size=128", "--head-size=256", "--cache=bfloat16", "--cache=fp8"]
     run_script("triton_compile", *options, "--json", str(tmp_path / "rows"), interpret=False)
     rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    attention = [row for row in rows if row["kernel"] == "attention"]
-    assert len(attention) == len(targets) * 3 * 2 * 3  # head sizes, caches and steps
+    decodes, prefills = ([row for row in rows if row["kernel"] == name] for name in ("decode", "varlen"))
+    layers = len(targets) * 3 * 2  # head sizes and caches
+    assert len(decodes) == 2 * layers  # split and not
+    # Within the trained length, neighbors, and grouped keys of which each row sees one more or as many.
+    assert len(prefills) == 4 * layers
     for row in rows:
-        # Of grouped keys, of mixed tiles, of neighbors and of the last ones.
-        assert len(row["loops"]) == (4 if row["kernel"] == "attention" else 0), row
         assert not any(loop["spills"] for loop in row["loops"]), row
         assert not row["problems"], row
-    for row in attention:
-        if row["step"] == "prefill":
-            assert row["loops"][0]["instruction"] == targets[row["target"]], row
+    for row in decodes:  # of grouped keys, of mixed tiles, of neighbors and of the last ones
+        assert len(row["loops"]) == 4, row
+    for row in prefills:  # what every row sees and the last ones; the window's edge before them
+        assert len(row["loops"]) == (3 if row["detail"] == ", window" else 2), row
+        assert row["loops"][0]["instruction"] == targets[row["target"]], row
 
 
 def test_a_target_that_is_not_known_is_an_error() -> None:

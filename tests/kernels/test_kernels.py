@@ -44,6 +44,14 @@ VARIANTS = {
     "sinks": {"has_sinks": True},
     "partial rotary": {"rotary_dim": 12},
     "interleaved": {"interleaved": True, "rotary_dim": 20},
+    "everything a sliding layer has": {
+        "group_size": 1,
+        "sliding_window": 40,
+        "log_scale_len": 64,
+        "soft_cap": 2.0,
+        "has_sinks": True,
+        "block_size": 32,
+    },
     "everything": {
         "group_size": "auto",
         "exact_len": 48,
@@ -52,7 +60,6 @@ VARIANTS = {
         "has_sinks": True,
         "interleaved": True,
         "rotary_dim": 20,
-        "sliding_window": 100,
         "block_size": 32,
     },
 }
@@ -120,21 +127,26 @@ def automatic_sizes(draw: st.DrawFn) -> dict[str, Any]:
     return {"group_size": "auto", "neighbor_window": window, "exact_len": trained_length}
 
 
+ORDINARY = {"group_size": 1}
+"""Of layers with a sliding window."""
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     length = st.integers(1, 90)
     requests = draw(st.lists(st.tuples(length, length), min_size=1, max_size=5))
     num_kv_heads = draw(st.integers(1, 3))
+    sizes = draw(fixed_sizes() | automatic_sizes() | st.just(ORDINARY))
     return Case(
         requests=tuple((min(pair), max(pair)) for pair in requests),
         num_heads=num_kv_heads * draw(st.integers(1, 7)),
         num_kv_heads=num_kv_heads,
         head_size=draw(st.sampled_from([32, 48, 80])),
         block_size=draw(st.sampled_from([16, 32, 64])),
-        **draw(fixed_sizes() | automatic_sizes()),
+        **sizes,
         log_scale_len=draw(st.sampled_from([0, 20])),
         soft_cap=draw(st.sampled_from([0.0, 1.5])),
-        sliding_window=draw(st.sampled_from([0, 1, 30])),
+        sliding_window=draw(st.sampled_from([1, 30])) if sizes is ORDINARY else 0,
         has_sinks=draw(st.booleans()),
         interleaved=draw(st.booleans()),
         rotary_dim=draw(st.sampled_from([2, 16, 32])),
@@ -419,7 +431,7 @@ def test_numbers_out_of_their_range_are_errors(name: str) -> None:
             cpu.KERNELS.prepare(wrong).attend(query, kv_cache, three_tokens(), torch.empty_like(query))
 
 
-SLIDES = {"sliding_window": MAX_POSITIONS}
+SLIDES = {"sliding_window": MAX_POSITIONS, "group_size": 1}
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -36,6 +36,12 @@ def test_grouping_without_a_rotation_reaches_no_kernel() -> None:
         AttentionParams(1.0, sizes(3, 32))
 
 
+def test_a_sliding_window_beside_group_sizes_reaches_no_kernel() -> None:
+    rotation = Rotation(torch.empty(17, 2))
+    with pytest.raises(ValueError, match=r"params\.sliding_window is 5; layers with a sliding window keep ordinary"):
+        AttentionParams(1.0, sizes(3, 32), rotation=rotation, sliding_window=5)
+
+
 @pytest.mark.parametrize("eighths", [[], [7, 8], [8, 10, 9]])
 def test_a_table_that_falls_or_holds_less_than_one_is_refused(eighths: list[int]) -> None:
     with pytest.raises(ValueError, match="must hold 8 or more eighths for each position, and not fall"):
@@ -66,7 +72,7 @@ def test_a_number_out_of_its_range_reaches_no_kernel(numbers: dict[str, float], 
         AttentionParams(**{"scale": 1.0, **numbers})
 
 
-@pytest.mark.parametrize("name", ["max_query_len", "max_seq_len"])
+@pytest.mark.parametrize("name", ["max_query_len", "max_seq_len", "decode_len"])
 def test_a_length_out_of_its_range_reaches_no_kernel(name: str) -> None:
     none = torch.empty(0)
     for value in (-1, MAX_POSITIONS + 1):

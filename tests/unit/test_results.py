@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu_prediction
 from vllm_selfextend.evaluation.summary import passkey_share
 from vllm_selfextend.evaluation.tables import percent
 
@@ -90,6 +91,10 @@ def test_every_architecture_is_proved_or_refused_in_both_hosts() -> None:
         in_vllm, in_transformers = line.strip("| ").split(" | ")[2:]
         assert in_vllm.strip("*").startswith(row["status"]), name
         assert in_transformers.strip("*").startswith(applied["status"]), name
+
+
+def test_what_a_gpu_should_take() -> None:
+    assert gpu_prediction.tables() in (ROOT / "docs" / "gpus.md").read_text(encoding="utf-8")
 
 
 def test_the_hour_under_load() -> None:

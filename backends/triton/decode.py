@@ -1,58 +1,16 @@
-"""Paged attention: grouped keys, then tiles with both kinds of keys, then neighbors; one online softmax.
+"""Decodes, of one new token or few: paged attention by programs that share a request's context.
 
-Prefill has a program for each block of queries and KV head. Decode has several: they share a request's context, and
-`merge_kernel` joins what they found.
+Each goes through its grouped keys, which it turns in registers, then tiles with both kinds of keys, then neighbors, in
+one online softmax; `merge_splits_kernel` joins what they found.
 """
 
 import triton
 import triton.language as tl
 
-from .rotation import lag, load, load_cos_sin, load_pairs, load_turned, turn
-
-
-@triton.jit
-def multiply(a, b, added, IS_INTERPRETED: tl.constexpr):
-    """`a @ b + added`, summed in float32."""
-    if IS_INTERPRETED and a.dtype == tl.bfloat16:  # the interpreter would multiply bfloat16's bits
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, added, input_precision="ieee")
-
-
-@triton.jit
-def tanh(x):
-    """To float32's last digits: near 0 by its series, where the quotient would cancel."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    power = tl.exp2(-2.0 * LOG2_E * tl.abs(x))
-    far = tl.where(x < 0, -1.0, 1.0) * (1.0 - power) / (1.0 + power)
-    square = x * x
-    series = 62.0 / 2835.0 + square * (-1382.0 / 155925.0)
-    series = 1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0 + square * series)))
-    return tl.where(square < 0.0625, x * series, far)
-
-
-@triton.jit
-def log_factor(position, log_scale):
-    """What `AttentionParams.log_scale_len` multiplies queries by; `log_scale` is the inverse of its logarithm."""
-    return tl.maximum(tl.log((position + 1).to(tl.float32)) * log_scale, 1.0)
-
-
-@triton.jit
-def find_request(query_start_loc, block, num_reqs, TOKENS: tl.constexpr):
-    """The request of the block `block` of `TOKENS` queries: the last `r` with `start[r] // TOKENS + r <= block`.
-
-    Each request has as many blocks as it needs or one more, whatever the lengths: so the grid is known without looking
-    at them.
-    """
-    low = tl.full([], 0, tl.int32)
-    high = num_reqs
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_loc + middle) // TOKENS + middle <= block:
-            low = middle
-        else:
-            high = middle
-    return low
+from .arithmetic import LOG2_E, log_factor, multiply, tanh, weigh
+from .fp8 import load
+from .merge import merge_all
+from .turning import lag, load_cos_sin, load_pairs, load_turned, turn
 
 
 @triton.jit
@@ -76,10 +34,10 @@ def find_share(num_keys, num_splits, wanted_splits, NEAR_N: tl.constexpr, LONGES
 
 
 @triton.jit(
-    do_not_specialize=["num_reqs", "decode_len", "wanted_splits", "table_stride"],
+    do_not_specialize=["decode_len", "wanted_splits", "table_stride"],
     do_not_specialize_on_alignment=["query_start_loc", "seq_lens", "block_table"],
 )
-def attention_kernel(
+def decode_kernel(
     query,
     kv_cache,
     out,
@@ -87,7 +45,6 @@ def attention_kernel(
     query_start_loc,
     seq_lens,
     block_table,
-    num_reqs,
     decode_len,
     wanted_splits,
     table_stride,
@@ -120,7 +77,6 @@ def attention_kernel(
     HALF_PADDED: tl.constexpr,
     REST_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    IS_DECODE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     LONGEST_SHARE: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -133,26 +89,18 @@ def attention_kernel(
     HAS_FP8: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """One program per block of `TOKENS` queries, KV head and, in a decode, share of the context.
+    """One program per block of `TOKENS` queries, KV head and share of the context.
 
-    Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`. Requests with at most `decode_len`
-    new tokens are the decode's, the others the prefill's; each launch leaves the other's alone. Arguments up to
-    `table_stride` are the step's, the others the layer's.
+    Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`. Requests with more than
+    `decode_len` new tokens are left alone. Arguments up to `table_stride` are the step's, the others the layer's.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
     DTYPE: tl.constexpr = query.dtype.element_ty
     EIGHTHS: tl.constexpr = 8
     GROUPED: tl.constexpr = group_sizes is not None
     kv_head = tl.program_id(1)
-    if IS_DECODE:
-        blocks = tl.cdiv(decode_len, TOKENS)
-        request = tl.program_id(0) // blocks
-        first_token = tl.program_id(0) % blocks * TOKENS
-    else:
-        # The last blocks see most and go first.
-        index = tl.num_programs(0) - 1 - tl.program_id(0)
-        request = find_request(query_start_loc, index, num_reqs, TOKENS)
-        first_token = (index - (tl.load(query_start_loc + request) // TOKENS + request)) * TOKENS
+    blocks = tl.cdiv(decode_len, TOKENS)
+    request = tl.program_id(0) // blocks
+    first_token = tl.program_id(0) % blocks * TOKENS
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
     seq_len = tl.load(seq_lens + request)
@@ -161,10 +109,12 @@ def attention_kernel(
     begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, NEAR_N)
     last_position = end - 1
     if IS_SPLIT:
+        # The last ones have the tiles that need masks and are not pipelined, and start first.
+        split = tl.num_programs(2) - 1 - tl.program_id(2)
         share = find_share(end - begin, tl.num_programs(2), wanted_splits, NEAR_N, LONGEST_SHARE)
-        begin += tl.program_id(2) * share
+        begin += split * share
         end = tl.minimum(begin + share, end)
-    is_its = (first_token < query_len) & ((query_len <= decode_len) == IS_DECODE)
+    is_its = (first_token < query_len) & (query_len <= decode_len)
     if is_its & (begin < end):
         rows = tl.arange(0, BLOCK_M)
         row_token = first_token + rows // HEADS
@@ -229,8 +179,8 @@ def attention_kernel(
         # Whole tiles of unpadded dimensions need no masks.
         IS_WINDOWED: tl.constexpr = SLIDING_WINDOW > 0
         MASKS_DIMS: tl.constexpr = IS_WINDOWED or HEAD_SIZE_PADDED > HEAD_SIZE
-        MASKS_PAIRS: tl.constexpr = IS_WINDOWED or HALF_PADDED > ROTARY_DIM // 2
-        MASKS_RESTS: tl.constexpr = IS_WINDOWED or REST_PADDED > HEAD_SIZE - ROTARY_DIM
+        MASKS_PAIRS: tl.constexpr = HALF_PADDED > ROTARY_DIM // 2
+        MASKS_RESTS: tl.constexpr = REST_PADDED > HEAD_SIZE - ROTARY_DIM
         for kind in tl.static_range(FAR if GROUPED else NEAR, EDGE + 1):
             if kind == FAR:
                 tile_begin = begin
@@ -283,8 +233,7 @@ def attention_kernel(
                             size,
                             cos_sin,
                             kind != FAR or MASKS_PAIRS,
-                            # Of few tiles, or with no registers left, each key has its own row.
-                            kind == FAR and (IS_DECODE or HEAD_SIZE <= 128 or BLOCK_M > 32),
+                            kind == FAR,  # of few tiles each key has its own row
                             ROTARY_DIM,
                             HALF_PADDED,
                             INTERLEAVED,
@@ -309,21 +258,9 @@ def attention_kernel(
                         scores = tl.where(seen, scores, float("-inf"))
                     if kind <= MIXED:
                         scores = tl.where((eighths == size)[:, None], scores, float("-inf"))
-                    # Scaled after the sum over dimensions, in the same instruction as the subtraction.
-                    if HAS_SOFT_CAP:
-                        new_largest = tl.maximum(largest, tl.max(scores, 1))
-                    else:
-                        new_largest = tl.maximum(largest, tl.max(scores, 1) * row_scale)
-                    base = new_largest
-                    if kind != NEAR or IS_WINDOWED:  # a row that has seen nothing yet has nothing to subtract
-                        base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-                    if HAS_SOFT_CAP:
-                        weights = tl.exp2(scores - base[:, None])
-                    else:
-                        weights = tl.exp2(scores * row_scale[:, None] - base[:, None])
-                    decay = tl.exp2(largest - base)
-                    total = total * decay + tl.sum(weights, 1)
-                    largest = new_largest
+                    weights, decay, largest, total = weigh(
+                        scores, row_scale, largest, total, kind == NEAR and not IS_WINDOWED, HAS_SOFT_CAP
+                    )
                     v_mask = key_mask[:, None] & dim_mask
                     v = load(
                         slot[:, None] + HEAD_SIZE + dims,
@@ -338,12 +275,13 @@ def attention_kernel(
 
         mask = row_mask[:, None] & dim_mask
         if IS_SPLIT:
-            program = (tl.program_id(0) * tl.num_programs(1) + kv_head) * tl.num_programs(2) + tl.program_id(2)
+            program = (tl.program_id(0) * tl.num_programs(1) + kv_head) * tl.num_programs(2) + split
             num_rows = (tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2)).to(tl.int64) * BLOCK_M
             row = program.to(tl.int64) * BLOCK_M + rows
+            # Of what slid out of the window a row has seen nothing.
+            output = output / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(workspace + row[:, None] * HEAD_SIZE + dims, output, mask=mask)
-            tl.store(workspace + num_rows * HEAD_SIZE + row, largest, mask=row_mask)
-            tl.store(workspace + num_rows * (HEAD_SIZE + 1) + row, total, mask=row_mask)
+            tl.store(workspace + num_rows * HEAD_SIZE + row, largest + tl.log2(total), mask=row_mask)
         else:
             if sinks is not None:
                 sink = tl.load(sinks + head, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
@@ -362,7 +300,7 @@ def attention_kernel(
     do_not_specialize=["decode_len", "wanted_splits", "num_splits"],
     do_not_specialize_on_alignment=["query_start_loc", "seq_lens"],
 )
-def merge_kernel(
+def merge_splits_kernel(
     out,
     workspace,
     query_start_loc,
@@ -389,7 +327,6 @@ def merge_kernel(
 
     Arguments up to `num_splits` are the step's, the others the layer's.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(decode_len, TOKENS)
     request = tl.program_id(0) // decode_len
     request_token = tl.program_id(0) % decode_len
@@ -408,29 +345,19 @@ def merge_kernel(
         num_rows = (tl.num_programs(0) // decode_len * blocks * num_kv_heads * num_splits).to(tl.int64) * BLOCK_M
         dims = tl.arange(0, HEAD_SIZE_PADDED)
         output = tl.zeros([HEAD_SIZE_PADDED], tl.float32)
-        largest = tl.full([], float("-inf"), tl.float32)
-        total = tl.full([], 0.0, tl.float32)
+        lse = tl.full([], float("-inf"), tl.float32)
         if sinks is not None:
-            largest = tl.load(sinks + head).to(tl.float32) * LOG2_E
-            total = tl.full([], 1.0, tl.float32)
+            lse = tl.load(sinks + head).to(tl.float32) * LOG2_E
         for first_share in range(0, shares, SPLITS):
             share = first_share + tl.arange(0, SPLITS)
             share_mask = share < shares
             row = first_row + share * BLOCK_M
-            theirs = tl.load(workspace + num_rows * HEAD_SIZE + row, mask=share_mask, other=float("-inf"))
-            their_total = tl.load(workspace + num_rows * (HEAD_SIZE + 1) + row, mask=share_mask, other=0.0)
-            new_largest = tl.maximum(largest, tl.max(theirs, 0))
-            # A share of what slid out of the window has seen nothing.
-            base = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-            weight = tl.exp2(theirs - base)
-            decay = tl.exp2(largest - base)
-            total = total * decay + tl.sum(their_total * weight, 0)
             mask = share_mask[:, None] & (dims < HEAD_SIZE)[None, :]
-            parts = tl.load(workspace + row[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
-            output = output * decay + tl.sum(parts * weight[:, None], 0)
-            largest = new_largest
+            theirs = tl.load(workspace + row[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
+            their_lse = tl.load(workspace + num_rows * HEAD_SIZE + row, mask=share_mask, other=float("-inf"))
+            output, lse = merge_all(output, lse, theirs, their_lse)
         if v_scale is not None:
             output *= tl.load(v_scale)
         token = (query_start + request_token).to(tl.int64)
         to = out + token * out_token_stride + head * out_head_stride + dims * out_dim_stride
-        tl.store(to, (output / total).to(out.dtype.element_ty), mask=dims < HEAD_SIZE)
+        tl.store(to, output.to(out.dtype.element_ty), mask=dims < HEAD_SIZE)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .fp8 import from_fp8
+from .fp8 import load
 
 
 @triton.jit
@@ -24,13 +24,6 @@ def turn(first, second, cosine, sine, DTYPE: tl.constexpr):
     """Pairs, turned in float32, in `DTYPE`."""
     first, second = first.to(tl.float32), second.to(tl.float32)
     return (first * cosine - second * sine).to(DTYPE), (second * cosine + first * sine).to(DTYPE)
-
-
-@triton.jit
-def load(pointers, mask, MASKED: tl.constexpr, DTYPE: tl.constexpr, IS_FP8: tl.constexpr, HAS_FP8: tl.constexpr):
-    """Numbers as they lie in memory, in `DTYPE`; `MASKED` says whether `mask` is more than all true."""
-    x = tl.load(pointers, mask=mask, other=0) if MASKED else tl.load(pointers)
-    return from_fp8(x, DTYPE, HAS_FP8) if IS_FP8 else x.to(DTYPE)
 
 
 @triton.jit
@@ -60,6 +53,17 @@ def load_pairs(
         first = load(pointers, mask, MASKED, DTYPE, IS_FP8, HAS_FP8)
         second = load(pointers + half * dim_stride, mask, MASKED, DTYPE, IS_FP8, HAS_FP8)
     return first, second
+
+
+@triton.jit
+def store_pairs(rows, first, second, pairs, mask, ROTARY_DIM: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """What `load_pairs` loads, to `rows`, whose dimensions lie side by side."""
+    if INTERLEAVED:
+        tl.store(rows[:, None] + 2 * pairs, first, mask=mask)
+        tl.store(rows[:, None] + 2 * pairs + 1, second, mask=mask)
+    else:
+        tl.store(rows[:, None] + pairs, first, mask=mask)
+        tl.store(rows[:, None] + pairs + ROTARY_DIM // 2, second, mask=mask)
 
 
 @triton.jit
