@@ -133,7 +133,9 @@ setup(
         "vllm_selfextend.backends.triton",
         "vllm_selfextend.demo",
         "vllm_selfextend.evaluation",
+        "vllm_selfextend.method",
         "vllm_selfextend.transformers",
+        "vllm_selfextend.vllm",
     ],
     package_data={"vllm_selfextend": ["py.typed"], "vllm_selfextend.demo": ["model/*"]},
     ext_modules=[
@@ -174,7 +176,7 @@ setup(
         ],
     },
     entry_points={
-        "vllm.general_plugins": ["selfextend = vllm_selfextend.plugin:register"],
+        "vllm.general_plugins": ["selfextend = vllm_selfextend.vllm.plugin:register"],
         "console_scripts": ["vllm-selfextend = vllm_selfextend.__main__:main"],
     },
 )

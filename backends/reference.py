@@ -275,7 +275,7 @@ def _self_extend_scores(
     if stop == 0:
         return scores
     query_steps = lag(torch.full_like(eighths, window), eighths) - lag(query_pos, eighths)
-    far_query = rotate(query, query_steps[..., None], rotation)
+    far_query = rotation.rotate(query, query_steps[..., None])
     far_pos = key_pos[:, :stop]
     is_far = grouped[:, :, None] & (query_pos[:, :, None] - far_pos[:, None] >= window)
     # Turned keys are read at once, out of the processor's own memory.
@@ -284,7 +284,7 @@ def _self_extend_scores(
         takes = is_far & (eighths == one)[:, :, None]
         for begin in range(0, stop, width):
             keys = slice(begin, min(begin + width, stop))
-            far = _scores(far_query, rotate(key[:, :, keys], -lag(far_pos[:, keys], one)[:, None], rotation))
+            far = _scores(far_query, rotation.rotate(key[:, :, keys], -lag(far_pos[:, keys], one)[:, None]))
             scores[..., keys] = torch.where(takes[:, None, :, keys], far, scores[..., keys])
     return scores
 
@@ -317,20 +317,6 @@ def log_scaled(query: torch.Tensor, query_pos: torch.Tensor, params: AttentionPa
         return query
     factor = (query_pos + 1).to(query.dtype).log() / math.log(params.log_scale_len)
     return query * factor.clamp(min=1.0)[..., None, None]
-
-
-def rotate(x: torch.Tensor, steps: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-    """Rotate `x` `[..., head_size]` by `steps` (of either sign, broadcast over the leading dimensions)."""
-    cos, sin = rotation.cos_sin[steps.abs()].to(x.dtype).chunk(2, dim=-1)
-    sin = sin * steps.sign()[..., None]
-    rotary_dim = rotation.cos_sin.shape[-1]
-    if rotation.interleaved:
-        first, second = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
-    else:
-        first, second = x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
-    turned = first * cos - second * sin, second * cos + first * sin
-    rotated = torch.stack(turned, dim=-1).flatten(-2) if rotation.interleaved else torch.cat(turned, dim=-1)
-    return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
 
 
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:

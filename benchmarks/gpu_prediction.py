@@ -15,7 +15,7 @@ from benchmarks.layers import Heads, three_digits
 from vllm_selfextend.backends.interface import GroupSizes, Host
 from vllm_selfextend.backends.triton.buffers import Room
 from vllm_selfextend.backends.triton.prefill_plan import Kind, Layer, Prefill, Span, plan_prefills
-from vllm_selfextend.positions import default_window, group_sizes
+from vllm_selfextend.method.positions import default_window, group_sizes
 
 
 @dataclass(frozen=True)

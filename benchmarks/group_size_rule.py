@@ -50,7 +50,7 @@ def main(
 
 def measure(asked: dict[str, Any]) -> dict[str, Any]:
     """One row."""
-    from vllm_selfextend import positions
+    from vllm_selfextend.method import positions
 
     if "share" in asked:
         share = asked["share"]
@@ -85,7 +85,7 @@ def losses(asked: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]:
     """Per token, by text."""
     from vllm_selfextend.evaluation.engine import prompt_encoder
     from vllm_selfextend.evaluation.loss import LossTask, mean_losses, standard_library_texts
-    from vllm_selfextend.planning import plan_report
+    from vllm_selfextend.vllm.report import plan_report
 
     trained = plan_report(asked["model"], asked["length"], {}).trained_length
     texts = standard_library_texts()

@@ -34,7 +34,7 @@ from vllm_selfextend.backends.interface import (
 )
 from vllm_selfextend.backends.triton.buffers import Room
 from vllm_selfextend.backends.triton.layer import TritonLayer, workspace_size
-from vllm_selfextend.positions import group_sizes
+from vllm_selfextend.method.positions import group_sizes
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 32, 8, 128, 16
 MAX_SEQ_LEN = 131072

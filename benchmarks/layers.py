@@ -13,8 +13,8 @@ from vllm_selfextend.backends.interface import (
     Rotation,
     num_rotation_steps,
 )
-from vllm_selfextend.positions import default_window, group_sizes
-from vllm_selfextend.rotary import cos_sin
+from vllm_selfextend.method.positions import default_window, group_sizes
+from vllm_selfextend.method.rope import cos_sin
 
 ROPE_BASE = 10000.0
 

@@ -49,8 +49,8 @@ from tests.engine.cache import cache_bytes
 from tests.engine.comparison import NEW_TOKENS, TOLERANCE, Generated, compare, generate, prompts
 from tests.engine.conftest import ENGINE_DEFAULTS
 from tests.engine.models import TRAINED_LENGTH, random_prompts
-from vllm_selfextend.planning import plan_report
-from vllm_selfextend.positions import GroupSize
+from vllm_selfextend.method.positions import GroupSize
+from vllm_selfextend.vllm.report import plan_report
 
 from .model_matrix_apply import extend
 
@@ -78,8 +78,8 @@ PRELOADED = [
     "vllm.v1.engine.llm_engine",
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.llama",
-    "vllm_selfextend.cpu_worker",
-    "vllm_selfextend.attention",
+    "vllm_selfextend.vllm.cpu_worker",
+    "vllm_selfextend.vllm.attention",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
 ]

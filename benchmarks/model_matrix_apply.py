@@ -10,7 +10,7 @@ from tests.engine import oracle
 from tests.engine.architectures import BY_TITLE
 from tests.engine.comparison import NEW_TOKENS, Generated
 from tests.engine.models import SHAPE, TRAINED_LENGTH
-from vllm_selfextend.positions import GroupSize
+from vllm_selfextend.method.positions import GroupSize
 
 PAD = SHAPE["pad_token_id"]
 

@@ -12,7 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from vllm_selfextend.backends.limits import EIGHTHS
-from vllm_selfextend.positions import GroupSize, group_sizes, relative_position
+from vllm_selfextend.method.positions import GroupSize, group_sizes, relative_position
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .config import SelfExtendConfig
-    from .plan import ExtensionPlan
-    from .planning import PlanReport, plan_report
+    from .method.config import SelfExtendConfig
+    from .method.plan import ExtensionPlan
+    from .vllm.report import PlanReport, plan_report
 
     __version__: str
 
 _MODULES = {
-    "ExtensionPlan": ".plan",
-    "PlanReport": ".planning",
-    "SelfExtendConfig": ".config",
-    "plan_report": ".planning",
+    "ExtensionPlan": ".method.plan",
+    "PlanReport": ".vllm.report",
+    "SelfExtendConfig": ".method.config",
+    "plan_report": ".vllm.report",
 }
 """Where each name is defined."""
 

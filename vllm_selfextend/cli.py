@@ -25,8 +25,8 @@ from rich.table import Table
 from rich.text import Text as Styled
 
 from .backends.limits import MAX_POSITIONS
-from .plan import CONFIG_KEY
-from .positions import smallest_group_size
+from .method.plan import CONFIG_KEY
+from .method.positions import smallest_group_size
 
 if TYPE_CHECKING:
     from .evaluation.comparison import Comparison
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .evaluation.passkey import PasskeyTask
     from .evaluation.prompts import Prompt, Row, Task
     from .evaluation.records import Records
-    from .planning import PlanReport
+    from .vllm.report import PlanReport
 
 
 @dataclasses.dataclass
@@ -162,7 +162,7 @@ def plan(
     # Stdout has the plan alone. vLLM sets its log up as it is imported.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from .planning import OWN_ARGUMENTS, plan_report
+    from .vllm.report import OWN_ARGUMENTS, plan_report
 
     settings = _settings(group_size, neighbor_window, trained_length)
     try:

@@ -152,7 +152,7 @@ from vllm import LLM, SamplingParams
 
 from vllm_selfextend.backends import load_kernels
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.plan import read_plan
+from vllm_selfextend.method.plan import read_plan
 
 FILLER = "The grass is green. The sky is blue. The sun is warm today. Here we go. There and back again. "
 KEY = "The pass key: Oslo 41729. Remember it. "

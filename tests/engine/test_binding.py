@@ -11,8 +11,8 @@ import torch
 from vllm import SamplingParams
 from vllm.model_executor.layers.attention import Attention
 
-from vllm_selfextend import binding
-from vllm_selfextend.positions import group_sizes
+from vllm_selfextend.method.positions import group_sizes
+from vllm_selfextend.vllm import binding
 
 from .models import random_prompts
 

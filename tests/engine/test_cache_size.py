@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.planning import plan_report
+from vllm_selfextend.vllm.report import plan_report
 
 from .architectures import BY_TITLE
 from .cache import cache_bytes

@@ -9,8 +9,8 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from vllm_selfextend.attention import SelfExtendMetadataBuilder
 from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.vllm.attention import SelfExtendMetadataBuilder
 
 from .models import random_prompts
 from .passkeys import make_prompt

@@ -16,10 +16,10 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.file_mapper import FileMapper
 
-from vllm_selfextend import kv_connectors
-from vllm_selfextend.binding import change_numbers
-from vllm_selfextend.kv_connectors import cache_layout, with_layout
-from vllm_selfextend.positions import GroupSize
+from vllm_selfextend.method.positions import GroupSize
+from vllm_selfextend.vllm import kv_connectors
+from vllm_selfextend.vllm.binding import change_numbers
+from vllm_selfextend.vllm.kv_connectors import cache_layout, with_layout
 
 from .models import random_prompts
 

@@ -21,11 +21,11 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 import vllm_selfextend.backends as backends
-from vllm_selfextend import engine_args, plugin, rotary_modules, support
-from vllm_selfextend.plan import read_plan
-from vllm_selfextend.planning import plan_report
-from vllm_selfextend.rotary import inverse_frequencies
-from vllm_selfextend.support import unsupported_reason
+from vllm_selfextend.method.plan import read_plan
+from vllm_selfextend.method.rope import inverse_frequencies
+from vllm_selfextend.vllm import engine_args, plugin, rotary_modules, support
+from vllm_selfextend.vllm.report import plan_report
+from vllm_selfextend.vllm.support import unsupported_reason
 
 from .models import SHAPE, SLIDING
 

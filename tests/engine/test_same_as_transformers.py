@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from vllm import SamplingParams
 
-from vllm_selfextend.positions import GroupSize
+from vllm_selfextend.method.positions import GroupSize
 
 from .models import TRAINED_LENGTH, random_prompts
 

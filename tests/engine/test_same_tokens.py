@@ -6,7 +6,7 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
-from vllm_selfextend.plan import read_plan
+from vllm_selfextend.method.plan import read_plan
 
 from .models import TRAINED_LENGTH, VOCAB_SIZE, random_prompts
 

@@ -12,8 +12,8 @@ from vllm.inputs import TokensPrompt
 
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.passkey import PasskeyTask
-from vllm_selfextend.plan import CONFIG_KEY
-from vllm_selfextend.positions import capacity
+from vllm_selfextend.method.plan import CONFIG_KEY
+from vllm_selfextend.method.positions import capacity
 
 from .passkeys import encode
 

@@ -158,8 +158,8 @@ def as_on_a_gpu(found: dict[str, Any]) -> Iterator[None]:
         found["profiled_workspace"] = workspace_size()
 
     with (
-        mock.patch("vllm_selfextend.attention.find_attention", find_attention),
-        mock.patch("vllm_selfextend.attention.HALF_DTYPES", (torch.float32,)),
+        mock.patch("vllm_selfextend.vllm.attention.find_attention", find_attention),
+        mock.patch("vllm_selfextend.vllm.attention.HALF_DTYPES", (torch.float32,)),
         mock.patch.object(CPUWorker, "_should_warm_up_model", return_value=True),
         mock.patch.object(CPUModelRunner, "profile_run", profile_run),
     ):

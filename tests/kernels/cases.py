@@ -17,8 +17,8 @@ from vllm_selfextend.backends.interface import (
     Rotation,
     num_rotation_steps,
 )
-from vllm_selfextend.positions import GroupSize, group_sizes, largest_auto_window
-from vllm_selfextend.rotary import cos_sin
+from vllm_selfextend.method.positions import GroupSize, group_sizes, largest_auto_window
+from vllm_selfextend.method.rope import cos_sin
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 """What rounding inputs, the cache and the output to the dtype can do to values of size 1."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vllm_selfextend.backends import cpu, reference
 from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, Rotation
 from vllm_selfextend.backends.limits import MAX_POSITIONS
-from vllm_selfextend.positions import largest_auto_window
+from vllm_selfextend.method.positions import largest_auto_window
 
 from .cases import TOLERANCE, Case, Problem, Step, expected, run
 from .cpu_kernels import KERNELS

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import vllm_selfextend.transformers as SelfExtend
 from tests.engine import oracle
 from tests.engine.models import TRAINED_LENGTH, random_prompts
-from vllm_selfextend.positions import GroupSize
+from vllm_selfextend.method.positions import GroupSize
 
 from .families import FAMILIES
 from .prompts import greedy

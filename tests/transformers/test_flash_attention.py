@@ -16,7 +16,7 @@ import vllm_selfextend.transformers as SelfExtend
 from tests.engine.models import random_prompts
 from vllm_selfextend.backends import reference
 from vllm_selfextend.backends.interface import AttentionParams, GroupSizes, Rotation, num_rotation_steps
-from vllm_selfextend.rotary import cos_sin
+from vllm_selfextend.method.rope import cos_sin
 from vllm_selfextend.transformers import extension
 from vllm_selfextend.transformers.flash_attention import FlashAttention
 from vllm_selfextend.transformers.step import Step

@@ -15,11 +15,12 @@ import vllm.logger  # noqa: F401  (sets vLLM's log up here: not in a test, whose
 from typer.testing import CliRunner, Result
 
 import vllm_selfextend
-from vllm_selfextend import cli, plugin
+from vllm_selfextend import cli
 from vllm_selfextend.__main__ import main
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.records import Records
 from vllm_selfextend.evaluation.screen import Stopped, stopped_by_signals
+from vllm_selfextend.vllm import plugin
 
 from .full_disk import full_disk
 
@@ -291,8 +292,8 @@ def test_the_command_without_what_it_is_made_of(missing: list[str], monkeypatch:
 def test_another_missing_package_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, cli.__name__)
     monkeypatch.delattr(vllm_selfextend, "cli")
-    monkeypatch.setitem(sys.modules, "vllm_selfextend.plan", None)
-    with pytest.raises(ModuleNotFoundError, match=r"vllm_selfextend\.plan"):
+    monkeypatch.setitem(sys.modules, "vllm_selfextend.method.plan", None)
+    with pytest.raises(ModuleNotFoundError, match=r"vllm_selfextend\.method\.plan"):
         main()
 
 

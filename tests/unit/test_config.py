@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends.limits import MAX_POSITIONS
-from vllm_selfextend.config import SelfExtendConfig, stray_settings
-from vllm_selfextend.positions import largest_auto_window
+from vllm_selfextend.method.config import SelfExtendConfig, stray_settings
+from vllm_selfextend.method.positions import largest_auto_window
 
 
 def read(**settings: object) -> SelfExtendConfig:

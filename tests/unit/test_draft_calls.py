@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_selfextend import binding
-from vllm_selfextend.config import SelfExtendConfig
-from vllm_selfextend.engine_args import _draft_backend, _extend_draft
+from vllm_selfextend.method.config import SelfExtendConfig
+from vllm_selfextend.vllm import binding
+from vllm_selfextend.vllm.engine_args import _draft_backend, _extend_draft
 
 HIDDEN_SIZE = 24
 POSITIONS = torch.arange(5)

@@ -14,10 +14,10 @@ import vllm
 from vllm import _custom_ops
 from vllm.v1.attention.backends import fa_utils
 
-from vllm_selfextend import gpu_operators
-from vllm_selfextend.attention import SelfExtendBackend
 from vllm_selfextend.backends.flash_attention import FlashAttention
 from vllm_selfextend.backends.interface import VarlenLengths
+from vllm_selfextend.vllm import gpu_operators
+from vllm_selfextend.vllm.attention import SelfExtendBackend
 
 
 class Recorder:

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.methods import METHODS, SCALED, allowed_methods, engine_settings, read_checkpoint
-from vllm_selfextend.plan import CONFIG_KEY
+from vllm_selfextend.method.plan import CONFIG_KEY
 
 LENGTH, SERVED, HEAD_SIZE, BASE = 256, 4000, 32, 10000.0
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_selfextend import SelfExtendConfig
-from vllm_selfextend.plan import read_plan, write_plan
+from vllm_selfextend.method.plan import read_plan, write_plan
 
 
 @given(st.integers(16, 10_000), st.integers(1, 100_000), st.booleans(), st.booleans())

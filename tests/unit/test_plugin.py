@@ -8,10 +8,10 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends import registry
 
-from vllm_selfextend import engine_args, plugin
 from vllm_selfextend.backends import cpu, triton
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.plan import read_plan
+from vllm_selfextend.method.plan import read_plan
+from vllm_selfextend.vllm import engine_args, plugin
 
 
 def test_the_installed_vllm_fits() -> None:

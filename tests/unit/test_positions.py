@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import GroupSizes, lag
-from vllm_selfextend.positions import (
+from vllm_selfextend.method.positions import (
     auto_reach,
     capacity,
     group_sizes,

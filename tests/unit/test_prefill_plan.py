@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import GroupSizes
 from vllm_selfextend.backends.triton.prefill_plan import Kind, Layer, Prefill, find_prefills, plan_prefills
-from vllm_selfextend.positions import group_sizes, largest_auto_window
+from vllm_selfextend.method.positions import group_sizes, largest_auto_window
 
 
 @st.composite

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from vllm_selfextend.rotary import cos_sin, inverse_frequencies, rope_parameters
+from vllm_selfextend.method.rope import cos_sin, inverse_frequencies, rope_parameters
 
 WRONG = {
     "factor None": {"rope_type": "linear"},

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from vllm.model_executor.layers.rotary_embedding import phi3_long_rope_scaled_rope
 
-from vllm_selfextend.binding import _rotation_nearby
-from vllm_selfextend.rotary import inverse_frequencies
-from vllm_selfextend.rotary_modules import check_other_tables, lengthen_tables, vllm_frequencies
-from vllm_selfextend.rotation_probe import ModelRotation
+from vllm_selfextend.method.rope import inverse_frequencies
+from vllm_selfextend.method.rotation_probe import ModelRotation
+from vllm_selfextend.vllm.binding import _rotation_nearby
+from vllm_selfextend.vllm.rotary_modules import check_other_tables, lengthen_tables, vllm_frequencies
 
 
 def module(buffer: torch.Tensor | None = None, **attributes: torch.Tensor) -> nn.Module:

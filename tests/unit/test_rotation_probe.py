@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import Rotation
-from vllm_selfextend.backends.reference import rotate
-from vllm_selfextend.rotary import inverse_frequencies
-from vllm_selfextend.rotation_probe import UntoldError, probe_positions, rotation_of, rotation_rows
+from vllm_selfextend.method.rope import inverse_frequencies
+from vllm_selfextend.method.rotation_probe import UntoldError, probe_positions, rotation_of, rotation_rows
 
 HEAD_SIZE = 32
 POSITIONS = probe_positions(500)
@@ -27,7 +26,7 @@ def vectors(num_heads: int, seed: int) -> torch.Tensor:
 
 def turned(x: torch.Tensor, frequencies: torch.Tensor, interleaved: bool) -> torch.Tensor:
     rows = torch.arange(len(POSITIONS))
-    return rotate(x.transpose(0, 1), rows, Rotation(rotation_rows(frequencies, POSITIONS), interleaved)).transpose(0, 1)
+    return Rotation(rotation_rows(frequencies, POSITIONS), interleaved).rotate(x.transpose(0, 1), rows).transpose(0, 1)
 
 
 @settings(derandomize=True)

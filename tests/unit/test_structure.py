@@ -54,19 +54,60 @@ def named_in_strings(name: str) -> Iterator[str]:
 
 def test_the_import_graph_has_no_circle() -> None:
     graph = {name: {*imports(name), *named_in_strings(name)} & FILES.keys() - {name} for name in FILES}
-    assert graph["vllm_selfextend.engine_args"] >= {"vllm_selfextend.plan", "vllm_selfextend.support"}
-    assert "vllm_selfextend.cpu_worker" in graph["vllm_selfextend.support"], "strings count"
+    assert graph["vllm_selfextend.vllm.engine_args"] >= {"vllm_selfextend.method.plan", "vllm_selfextend.vllm.support"}
+    assert "vllm_selfextend.vllm.cpu_worker" in graph["vllm_selfextend.vllm.support"], "strings count"
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
-def test_backends_know_tensors_only() -> None:
-    ours = [name for name in FILES if name.startswith("vllm_selfextend.backends")]
-    assert len(ours) >= 10
+ROOMS = {
+    "backends": set(),
+    "method": {"backends"},
+    "vllm": {"backends", "method"},
+    "transformers": {"backends", "method"},
+    "evaluation": {"method", "vllm"},
+    "demo": {"evaluation"},
+}
+"""Each package of ours, and which others it may import."""
+
+HOSTS = {"vllm": {"vllm", "evaluation"}, "transformers": {"vllm", "transformers", "evaluation"}}
+"""Packages that we extend, and which of ours may import them."""
+
+NOT_KERNELS = {"", "interface", "limits"}
+"""Modules of `backends` that hold none: what `method` may know of it."""
+
+
+def room(name: str) -> tuple[str, str]:
+    """A module's package of ours, "" for the top level and "-" for what is not ours, and the rest of its name."""
+    ours, _, rest = name.partition("vllm_selfextend.")
+    if ours or not rest:
+        return "-", name
+    package, _, module = rest.partition(".")
+    return (package, module) if package in ROOMS else ("", rest)
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_what_a_package_may_import(package: str) -> None:
+    ours = [name for name in FILES if room(name)[0] == package]
+    assert ours
     for name in ours:
-        for imported in imports(name):
-            assert imported.partition(".")[0] != "vllm", f"{name} imports {imported}"
-            if imported.startswith("vllm_selfextend"):
-                assert imported.startswith("vllm_selfextend.backends"), f"{name} imports {imported}"
+        for imported in {*imports(name), *named_in_strings(name)}:
+            other, module = room(imported)
+            if other == "-":
+                allowed = HOSTS.get(imported.partition(".")[0], ROOMS.keys())
+                assert package in allowed, f"{name} imports {imported}"
+            else:
+                assert other in {package, *ROOMS[package]}, f"{name} imports {imported}"
+                assert package != "method" or other == "method" or module in NOT_KERNELS, f"{name} imports {imported}"
+
+
+def test_a_set_of_kernels_knows_no_other() -> None:
+    """What two share lies beside them."""
+    sets = {"cpu", "triton", "reference"}
+    for name in FILES:
+        within, module = room(name)
+        if within == "backends" and (mine := module.partition(".")[0]) in sets:
+            others = {room(imported)[1].partition(".")[0] for imported in imports(name)} & sets
+            assert others <= {mine}, f"{name} imports {others}"
 
 
 def test_kernels_and_their_benchmarks_run_without_vllm() -> None:

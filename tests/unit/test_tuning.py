@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from vllm_selfextend.config import SelfExtendConfig
 from vllm_selfextend.evaluation.loss import LossTask
 from vllm_selfextend.evaluation.prompts import Prompt
 from vllm_selfextend.evaluation.summary import group_sizes_of
 from vllm_selfextend.evaluation.tables import distance_from_auto, numbers_table
 from vllm_selfextend.evaluation.tuning import Numbers, Search, check_differs
 from vllm_selfextend.evaluation.user_prompts import UserTask
-from vllm_selfextend.positions import capacity, largest_auto_window
+from vllm_selfextend.method.config import SelfExtendConfig
+from vllm_selfextend.method.positions import capacity, largest_auto_window
 
 
 def search(length: int, reach: int) -> Search:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import planning
+from ..vllm import report
 from .methods import Checkpoint, engine_settings
 from .prompts import Encode, Prompt, Row, Task
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 OWN_ARGUMENTS = (
-    *planning.OWN_ARGUMENTS,
+    *report.OWN_ARGUMENTS,
     "attention_config",
     "hf_overrides",
     "worker_cls",

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..plan import CONFIG_KEY
-from ..planning import PlanReport, plan_report, read_config
-from ..rotary import rope_parameters
+from ..method.plan import CONFIG_KEY
+from ..method.rope import rope_parameters
+from ..vllm.report import PlanReport, plan_report, read_config
 
 
 @dataclass(frozen=True)

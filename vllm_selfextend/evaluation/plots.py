@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ..positions import GroupSize
+from ..method.positions import GroupSize
 from .intervals import mean
 from .loss import BLOCK
 from .methods import METHODS

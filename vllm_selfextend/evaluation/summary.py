@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..positions import GroupSize
+from ..method.positions import GroupSize
 from .intervals import Estimate, difference, mean, share
 from .loss import mean_losses
 from .prompts import Row

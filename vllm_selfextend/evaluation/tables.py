@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from ..positions import GroupSize
+from ..method.positions import GroupSize
 from .intervals import Estimate, mean
 from .methods import METHODS
 from .prompts import Row

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ..positions import GroupSize, capacity, largest_auto_window, smallest_group_size
+from ..method.positions import GroupSize, capacity, largest_auto_window, smallest_group_size
 from .engine import ask
 from .intervals import LEVEL, Estimate, difference
 from .loss import BLOCK, mean_losses

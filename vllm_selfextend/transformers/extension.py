@@ -9,9 +9,9 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from ..backends.limits import MAX_POSITIONS
-from ..plan import ExtensionPlan
-from ..positions import GroupSize, as_count, auto_reach, capacity, default_window, largest_auto_window
-from ..rotary import rope_parameters, uses_alibi
+from ..method.plan import ExtensionPlan
+from ..method.positions import GroupSize, as_count, auto_reach, capacity, default_window, largest_auto_window
+from ..method.rope import rope_parameters, uses_alibi
 from . import attention as _attention  # noqa: F401  # registers it
 from .call import begin_call, end_call, is_called_elsewhere
 from .flash_attention import find_flash_attention

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from ..backends.interface import AttentionParams, GroupSizes, Rotation, num_rotation_steps
-from ..plan import ExtensionPlan
-from ..positions import smallest_group_size
-from ..rotary import cos_sin
-from ..rotation_probe import ModelRotation
+from ..method.plan import ExtensionPlan
+from ..method.positions import smallest_group_size
+from ..method.rope import cos_sin
+from ..method.rotation_probe import ModelRotation
 from .flash_attention import FlashAttention
 
 NAME = "self_extend"

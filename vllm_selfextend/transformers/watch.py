@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from ..rotary import Frequencies, inverse_frequencies, rope_parameters
-from ..rotation_probe import ModelRotation, rotation_of
+from ..method.rope import Frequencies, inverse_frequencies, rope_parameters
+from ..method.rotation_probe import ModelRotation, rotation_of
 from .own_attention import set_attention
 
 NAME = "self_extend_watch"

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends.interface import Rotation
-from .backends.reference import rotate
-from .rotary import Frequencies, cos_sin
+from ..backends.interface import Rotation
+from .rope import Frequencies, cos_sin
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def matching_rotation(
             continue
         for interleaved in (False, True):
             rotation = Rotation(rotation_rows(frequencies, positions), interleaved)
-            wanted = rotate(before.expand_as(after), torch.arange(len(positions)), rotation)
+            wanted = rotation.rotate(before.expand_as(after), torch.arange(len(positions)))
             if bool(((after - wanted).abs() <= allowed).all()):
                 return ModelRotation(frequencies, interleaved)
     return None

@@ -15,10 +15,10 @@ from typing import Any
 from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
-from .backends import load_kernels
-from .plan import has_plan, read_plan
-from .positions import SIGNIFICANT_BITS, auto_reach
-from .rotary import rope_parameters
+from ..backends import load_kernels
+from ..method.plan import has_plan, read_plan
+from ..method.positions import SIGNIFICANT_BITS, auto_reach
+from ..method.rope import rope_parameters
 
 logger = init_logger("vllm.self_extend")
 

@@ -7,17 +7,17 @@ import torch
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.platforms import current_platform
 
-from .backends import choose_kernels
-from .plan import CONFIG_KEY, ExtensionPlan
-from .rotary import SUPPORTED_ROPE_TYPES, rope_parameters, unsupported_rope_type, uses_alibi
+from ..backends import choose_kernels
+from ..method.plan import CONFIG_KEY, ExtensionPlan
+from ..method.rope import SUPPORTED_ROPE_TYPES, rope_parameters, unsupported_rope_type, uses_alibi
 
 PARALLEL_DRAFT_METHODS = ("dflash", "dspark")
 """`precompute_and_store_context_kv` in vLLM 0.32's `model_executor/models/qwen3_dflash.py` and those built on it."""
 
 
 SELF_EXTEND_WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_selfextend.cpu_worker.SelfExtendCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_selfextend.gpu_worker.SelfExtendGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_selfextend.vllm.cpu_worker.SelfExtendCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_selfextend.vllm.gpu_worker.SelfExtendGPUWorker",
 }
 """vLLM's worker classes, and what takes their place."""
 

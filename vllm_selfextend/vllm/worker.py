@@ -6,10 +6,10 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
+from ..method.plan import read_plan
+from ..method.positions import GroupSize
 from .attention import SelfExtendImpl
 from .binding import bind_models, change_numbers
-from .plan import read_plan
-from .positions import GroupSize
 
 
 class SelfExtendWorker:

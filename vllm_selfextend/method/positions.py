@@ -7,7 +7,7 @@ model has met no relative position that reaches `L`. Group sizes are counted in 
 import numbers
 from typing import TYPE_CHECKING, Any, Literal
 
-from .backends.limits import EIGHTHS, MAX_POSITIONS
+from ..backends.limits import EIGHTHS, MAX_POSITIONS
 
 if TYPE_CHECKING:
     import torch

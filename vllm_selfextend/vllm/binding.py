@@ -16,13 +16,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.model_executor.models import supports_multimodal
 
+from ..backends.interface import GroupSizes, Rotation, num_rotation_steps
+from ..method.config import SelfExtendConfig
+from ..method.plan import ExtensionPlan, read_plan, write_plan
+from ..method.positions import GroupSize
+from ..method.rope import cos_sin
+from ..method.rotation_probe import ModelRotation, UntoldError, probe_positions, rotation_of
 from .attention import SelfExtendImpl
-from .backends.interface import GroupSizes, Rotation, num_rotation_steps
-from .config import SelfExtendConfig
 from .layer_probe import QueryAndKey, queries_and_keys
-from .plan import ExtensionPlan, read_plan, write_plan
-from .positions import GroupSize
-from .rotary import cos_sin
 from .rotary_modules import (
     check_other_tables,
     is_vllm_rotary,
@@ -30,7 +31,6 @@ from .rotary_modules import (
     transformers_frequencies,
     vllm_frequencies,
 )
-from .rotation_probe import ModelRotation, UntoldError, probe_positions, rotation_of
 
 # vLLM's logging is set up for loggers below "vllm".
 logger = init_logger("vllm.self_extend")

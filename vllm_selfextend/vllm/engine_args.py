@@ -22,13 +22,13 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from .backends import choose_kernels
-from .config import SelfExtendConfig, misspelled_key, stray_settings
+from ..backends import choose_kernels
+from ..method.config import SelfExtendConfig, misspelled_key, stray_settings
+from ..method.plan import CONFIG_KEY, ExtensionPlan, write_plan
 from .kv_connectors import check_connector
-from .plan import CONFIG_KEY, ExtensionPlan, write_plan
 from .support import SELF_EXTEND_WORKERS, unsupported_reason
 
-BACKEND = "vllm_selfextend.attention.SelfExtendBackend"
+BACKEND = "vllm_selfextend.vllm.attention.SelfExtendBackend"
 """What is registered as CUSTOM."""
 
 # vLLM's logging is set up for loggers below "vllm".

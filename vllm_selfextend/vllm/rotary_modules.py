@@ -12,8 +12,8 @@ from torch import nn
 from vllm.model_executor.layers.rotary_embedding import Phi3LongRoPEScaledRotaryEmbedding
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
-from .rotary import Frequencies, cos_sin, inverse_frequencies, rope_parameters
-from .rotation_probe import angle_error, probe_positions, rotation_rows
+from ..method.rope import Frequencies, cos_sin, inverse_frequencies, rope_parameters
+from ..method.rotation_probe import angle_error, probe_positions, rotation_rows
 
 # The longrope module keeps both its tables in one and is not a RotaryEmbeddingBase.
 _VLLM_CLASSES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)

@@ -4,8 +4,8 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionLayer
 
-from .backends.flash_attention import FlashAttention
-from .backends.interface import Store
+from ..backends.flash_attention import FlashAttention
+from ..backends.interface import Store
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 """Of queries, and of the keys in the buffers that grouped ones are turned into."""

@@ -26,11 +26,11 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
-from .backends import load_kernels
-from .backends.interface import AttentionBatch, AttentionParams, GroupSizes, Host, Kernels, LayerKernels, Rotation
-from .backends.limits import MAX_POSITIONS
+from ..backends import load_kernels
+from ..backends.interface import AttentionBatch, AttentionParams, GroupSizes, Host, Kernels, LayerKernels, Rotation
+from ..backends.limits import MAX_POSITIONS
+from ..method.plan import ExtensionPlan, read_plan
 from .gpu_operators import HALF_DTYPES, find_attention, find_store
-from .plan import ExtensionPlan, read_plan
 
 logger = init_logger("vllm.self_extend")
 

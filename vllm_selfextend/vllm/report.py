@@ -15,13 +15,13 @@ from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from ..method.config import SelfExtendConfig
+from ..method.plan import CONFIG_KEY, ExtensionPlan
+from ..method.positions import GroupSize
 from .binding import check_model
 from .cache_size import CacheSize, cache_size, make_model
-from .config import SelfExtendConfig
 from .engine_args import widened_length_check
-from .plan import CONFIG_KEY, ExtensionPlan
 from .plugin import incompatibility, kept_out
-from .positions import GroupSize
 from .support import unsupported_reason
 from .worker import check_layers
 

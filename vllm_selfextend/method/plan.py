@@ -2,14 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
-from .backends.limits import EIGHTHS
+from ..backends.limits import EIGHTHS
 from .positions import GroupSize, capacity, default_window, group_sizes
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
 
 CONFIG_KEY = "self_extend"
 """Where in vLLM's `additional_config` the user's settings are, and then the plan."""
@@ -95,7 +94,13 @@ class ExtensionPlan:
         return self.log_scale_len > 0
 
 
-def write_plan(vllm_config: "VllmConfig", plan: ExtensionPlan) -> None:
+class HoldsPlan(Protocol):
+    """vLLM's `VllmConfig`, as far as a plan goes by it."""
+
+    additional_config: Any
+
+
+def write_plan(vllm_config: HoldsPlan, plan: ExtensionPlan) -> None:
     """Put the plan where every process of an engine finds it: in place of the user's settings.
 
     Raises:
@@ -110,13 +115,13 @@ def write_plan(vllm_config: "VllmConfig", plan: ExtensionPlan) -> None:
     vllm_config.additional_config = {**vllm_config.additional_config, CONFIG_KEY: dataclasses.asdict(plan)}
 
 
-def has_plan(vllm_config: "VllmConfig") -> bool:
+def has_plan(vllm_config: HoldsPlan) -> bool:
     """Whether `write_plan` wrote one: whether the engine is Self-Extend's."""
     written = vllm_config.additional_config.get(CONFIG_KEY) if isinstance(vllm_config.additional_config, dict) else None
     return isinstance(written, dict) and written.keys() == {field.name for field in dataclasses.fields(ExtensionPlan)}
 
 
-def read_plan(vllm_config: "VllmConfig") -> ExtensionPlan:
+def read_plan(vllm_config: HoldsPlan) -> ExtensionPlan:
     """The plan that `write_plan` wrote, in any process.
 
     Raises:

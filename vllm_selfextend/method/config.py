@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .backends import KERNEL_CHOICES
-from .backends.limits import MAX_POSITIONS
+from ..backends import KERNEL_CHOICES
+from ..backends.limits import MAX_POSITIONS
 from .plan import CONFIG_KEY, ExtensionPlan
 from .positions import GroupSize, as_count, auto_reach, default_window, largest_auto_window, smallest_group_size
 
