@@ -1,6 +1,8 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from vllm.v1.attention.backends import registry
 from vllm_selfextend.backends import cpu, triton
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.method.plan import read_plan
-from vllm_selfextend.vllm import engine_args, plugin
+from vllm_selfextend.vllm import engine_args, patches, plugin
+from vllm_selfextend.vllm.patches import PATCHES, Patch
 
 
 def test_the_installed_vllm_fits() -> None:
@@ -52,12 +55,36 @@ def test_supported_versions(monkeypatch: pytest.MonkeyPatch, installed: str) -> 
     assert plugin.incompatibility() is None
 
 
-def test_a_missing_interface_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    interface = (("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("no_such_parameter",)),)
-    monkeypatch.setattr(plugin, "_INTERFACE", interface)
-    assert "EngineArgs.create_engine_config has no no_such_parameter" in (plugin.incompatibility() or "")
-    monkeypatch.setattr(plugin, "_INTERFACE", (("vllm.engine.arg_utils", "EngineArgs.no_such_method", ()),))
-    assert "has no vllm.engine.arg_utils.EngineArgs.no_such_method" in (plugin.incompatibility() or "")
+@pytest.mark.parametrize(
+    ("name", "parameter", "words"),
+    [
+        ("create_engine_config", "no_such_parameter", "EngineArgs.create_engine_config has no no_such_parameter"),
+        ("no_such_method", "", "has no vllm.engine.arg_utils.EngineArgs.no_such_method"),
+    ],
+)
+@pytest.mark.parametrize("table", ["PATCHES", "USED"])
+def test_what_is_missing_is_named(
+    table: str, name: str, parameter: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs = (parameter,) if parameter else ()
+    patch = Patch("vllm.engine.arg_utils.EngineArgs", name, "", "", "", needs)
+    row = patch if table == "PATCHES" else (f"{patch.owner}.{name}", needs)
+    monkeypatch.setattr(patches, table, (row,))
+    assert words in (plugin.incompatibility() or "")
+
+
+def test_every_wrapper_wraps_and_the_page_names_it() -> None:
+    """And no other function; what only another version or platform has is in the table all the same."""
+    plugin.register()
+    for patch in PATCHES:
+        if patch.is_needed:
+            assert getattr(resolve_name(f"{patch.owner}.{patch.name}"), "_self_extend", False), patch
+        assert callable(resolve_name(patch.wrapper))
+    assert sum(patch.is_needed for patch in PATCHES) >= 4
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    head, _, rest = page.partition("| function | why | what would end it |\n|---|---|---|\n")
+    assert head
+    assert rest.partition("\n\n")[0].splitlines() == [patch.row() for patch in PATCHES]
 
 
 @pytest.fixture

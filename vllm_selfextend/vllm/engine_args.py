@@ -20,7 +20,7 @@ from vllm.config import AttentionConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from ..backends import choose_kernels
 from ..method.config import SelfExtendConfig, misspelled_key, stray_settings
@@ -30,6 +30,9 @@ from .support import SELF_EXTEND_WORKERS, unsupported_reason
 
 BACKEND = "vllm_selfextend.vllm.attention.SelfExtendBackend"
 """What is registered as CUSTOM."""
+
+_replaced: str | None = None
+"""What another plugin had registered before, if one had."""
 
 # vLLM's logging is set up for loggers below "vllm".
 logger = init_logger("vllm.self_extend")
@@ -104,14 +107,8 @@ def limit_to_draft_later(original: Callable[[VllmConfig], None]) -> Callable[[Vl
     return limit
 
 
-def configure_self_extend(replaced: str | None, original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
-    """Wrap `EngineArgs.create_engine_config`: with CUSTOM chosen, plan the extension or refuse what cannot work.
-
-    Args:
-        replaced: The class that another plugin had registered as CUSTOM before this one did, if any.
-        original: The method.
-
-    """
+def configure_self_extend(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
+    """Wrap `EngineArgs.create_engine_config`: with CUSTOM chosen, plan the extension or refuse what cannot work."""
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
@@ -123,7 +120,7 @@ def configure_self_extend(replaced: str | None, original: Callable[..., VllmConf
                     "additional_config[%r] is set, but without --attention-backend CUSTOM it has no effect.", key
                 )
             return original(self, *args, **kwargs)
-        _check_custom_is_ours(replaced)
+        _check_custom_is_ours()
         config = SelfExtendConfig.from_additional_config(self.additional_config)
         for name in stray_settings(self.additional_config):
             logger.warning(
@@ -153,7 +150,36 @@ def configure_self_extend(replaced: str | None, original: Callable[..., VllmConf
     return create_engine_config
 
 
-def _check_custom_is_ours(replaced: str | None) -> None:
+def let_custom_through(original: Any) -> Any:
+    """Wrap `CpuPlatform.get_attn_backend_cls`, which answers CPU_ATTN whatever was chosen."""
+
+    @functools.wraps(original.__func__)
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        if selected_backend != AttentionBackendEnum.CUSTOM:
+            return str(original.__get__(None, cls)(selected_backend, attn_selector_config, *args, **kwargs))
+        reasons = selected_backend.get_class().validate_configuration(
+            device_capability=None, **attn_selector_config._asdict()
+        )
+        if reasons:
+            raise ValueError(f"Self-Extend (attention backend CUSTOM) cannot run this model: {'; '.join(reasons)}.")
+        return str(selected_backend.get_path())
+
+    return classmethod(get_attn_backend_cls)
+
+
+def take_custom() -> None:
+    """Register the backend, in every process, and note whose CUSTOM was."""
+    global _replaced
+    custom = AttentionBackendEnum.CUSTOM
+    registered = custom.get_path() if custom.is_overridden() else None
+    if registered != BACKEND:
+        _replaced = registered
+        register_backend(custom, BACKEND)
+
+
+def _check_custom_is_ours() -> None:
     """CUSTOM is one name for all of vLLM's plugins, and the last to register it has it.
 
     Raises:
@@ -166,11 +192,11 @@ def _check_custom_is_ours(replaced: str | None) -> None:
             f"The attention backend CUSTOM is {registered}, not Self-Extend: another vLLM plugin registered it later. "
             "Let vLLM load one of the two: VLLM_PLUGINS=selfextend for Self-Extend, or the other's name."
         )
-    if replaced is not None:
+    if _replaced is not None:
         logger.warning(
             "The attention backend CUSTOM is Self-Extend; another vLLM plugin had registered %s for it. To use that, "
             "name its plugin in VLLM_PLUGINS, and not selfextend.",
-            replaced,
+            _replaced,
         )
 
 
