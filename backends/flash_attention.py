@@ -8,7 +8,7 @@ import torch
 from .interface import VarlenLengths
 
 
-class FlashAttention:
+class FlashVarlen:
     """`interface.VarlenAttention` by `flash_attn_varlen_func` as in `vllm/vllm_flash_attn/flash_attn_interface.py`."""
 
     def __init__(self, function: Callable[..., Any], version: int, scale: float, soft_cap: float) -> None:

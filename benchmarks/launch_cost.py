@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.no_device import TARGETS, NoDevice
 from vllm_selfextend.backends import triton as triton_kernels
-from vllm_selfextend.backends.flash_attention import FlashAttention
+from vllm_selfextend.backends.flash_attention import FlashVarlen
 from vllm_selfextend.backends.interface import (
     AttentionBatch,
     AttentionParams,
@@ -72,7 +72,7 @@ class Layer:
     def __init__(self, **params: Any) -> None:
         rotation = Rotation(empty(MAX_SEQ_LEN, HEAD_SIZE, dtype=torch.float32))
         layer = AttentionParams(HEAD_SIZE**-0.5, rotation=rotation, neighbor_window=1024, **params)
-        attention = FlashAttention(flash_attention, 3, layer.scale, 0.0)
+        attention = FlashVarlen(flash_attention, 3, layer.scale, 0.0)
         host = Host(8192, MAX_SEQ_LEN, store=lambda *_: None, attention=attention)
         self.kernels = TritonLayer(layer, host, TARGETS["sm_90"])
         self.kv_cache = empty(64, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=torch.bfloat16)

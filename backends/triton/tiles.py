@@ -99,17 +99,22 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
 
     """
     rows = decode_rows(heads)
-    num_warps = 8 if rows > 32 or head_size > 128 else 4
     if device.target is None:
-        return Tiles(rows, 16, 32, 1, 1, 1)
+        return Tiles(rows, far_keys=16, near_keys=32, far_stages=1, near_stages=1, num_warps=1)
     if itemsize == 4:
-        return Tiles(rows, 16, 16, 1, 3, 8)
+        return Tiles(rows, far_keys=16, near_keys=16, far_stages=1, near_stages=3, num_warps=8)
     if device.target.backend == "hip":
-        return Tiles(rows, *((32, 64) if head_size <= 128 else (16, 32)), 2, 2, 8 if rows > 32 else 4)
+        far_keys = 32 if head_size <= 128 else 16
+        num_warps = 8 if rows > 32 else 4
+        return Tiles(rows, far_keys=far_keys, near_keys=2 * far_keys, far_stages=2, near_stages=2, num_warps=num_warps)
     if head_size <= 128:
-        # All that there are: told nothing, some versions of the compiler spill to fit three programs instead of two.
-        return Tiles(rows, 32, 64, 5, 5, num_warps, 255)
-    return Tiles(rows, 16, 32, 1 if is_fp8 and device.is_cuda(100) else 3, 3, 8)
+        num_warps = 8 if rows > 32 else 4
+        # All registers that there are: told nothing, some versions of the compiler spill to fit a third program.
+        return Tiles(
+            rows, far_keys=32, near_keys=64, far_stages=5, near_stages=5, num_warps=num_warps, most_registers=255
+        )
+    far_stages = 1 if is_fp8 and device.is_cuda(100) else 3
+    return Tiles(rows, far_keys=16, near_keys=32, far_stages=far_stages, near_stages=3, num_warps=8)
 
 
 class VarlenTiles(NamedTuple):
@@ -125,15 +130,17 @@ def varlen_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
     """Tiles for many queries per request; arguments as of `decode_tiles`."""
     at_least = triton.next_power_of_2(heads)
     if device.target is None:
-        return VarlenTiles(max(64, at_least), 32, 1, 1)
+        return VarlenTiles(max(64, at_least), keys=32, stages=1, num_warps=1)
     if itemsize == 4:  # without tensor cores, which would round
-        return VarlenTiles(max(32, at_least), 16, 3, 8)
+        return VarlenTiles(max(32, at_least), keys=16, stages=3, num_warps=8)
     if device.target.backend == "hip":
-        return VarlenTiles(max(64, at_least), 64 if head_size <= 128 else 32, 2, 4)
+        return VarlenTiles(max(64, at_least), keys=64 if head_size <= 128 else 32, stages=2, num_warps=4)
+    if device.has_wgmma and head_size <= 128:
+        return VarlenTiles(128, keys=64, stages=5, num_warps=8)
     if device.has_wgmma:
-        return VarlenTiles(128, 64, 5, 8) if head_size <= 128 else VarlenTiles(128, 32, 3, 8)
+        return VarlenTiles(128, keys=32, stages=3, num_warps=8)
     if head_size <= 64:
-        return VarlenTiles(128, 64, 5, 8)
+        return VarlenTiles(128, keys=64, stages=5, num_warps=8)
     if head_size <= 128:
-        return VarlenTiles(max(64, at_least), 32, 5, 8 if is_fp8 else 4)
-    return VarlenTiles(max(16 if device.is_cuda(120) else 32, at_least), 32, 3, 8)
+        return VarlenTiles(max(64, at_least), keys=32, stages=5, num_warps=8 if is_fp8 else 4)
+    return VarlenTiles(max(16 if device.is_cuda(120) else 32, at_least), keys=32, stages=3, num_warps=8)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_selfextend.backends.flash_attention import FlashAttention
+from vllm_selfextend.backends.flash_attention import FlashVarlen
 from vllm_selfextend.backends.interface import AttentionParams
 
 
@@ -32,7 +32,7 @@ def find_function(head_size: int, soft_cap: float) -> tuple[Callable[..., Any], 
     return function, 3
 
 
-def find_attention(params: AttentionParams, head_size: int, dtype: torch.dtype) -> FlashAttention | None:
+def find_attention(params: AttentionParams, head_size: int, dtype: torch.dtype) -> FlashVarlen | None:
     """`Host.attention` for such a layer; None: there is none."""
     found = find_function(head_size, params.soft_cap) if dtype in (torch.bfloat16, torch.float16) else None
-    return None if found is None else FlashAttention(*found, params.scale, params.soft_cap)
+    return None if found is None else FlashVarlen(*found, params.scale, params.soft_cap)

@@ -14,7 +14,7 @@ import vllm
 from vllm import _custom_ops
 from vllm.v1.attention.backends import fa_utils
 
-from vllm_selfextend.backends.flash_attention import FlashAttention
+from vllm_selfextend.backends.flash_attention import FlashVarlen
 from vllm_selfextend.backends.interface import VarlenLengths
 from vllm_selfextend.vllm import gpu_operators
 from vllm_selfextend.vllm.attention import SelfExtendBackend
@@ -58,7 +58,7 @@ def test_flash_attention_is_called_as_vllm_calls_it(is_paged: bool, window: int)
     starts = torch.tensor([0, 3], dtype=torch.int32)
     lengths = VarlenLengths(starts, starts[1:], starts, 3, 5)
     table = torch.zeros(1, 1, dtype=torch.int32) if is_paged else None
-    attention = FlashAttention(function, 3, 0.25, 30.0)
+    attention = FlashVarlen(function, 3, 0.25, 30.0)
     assert attention(out, out, out, out, lse, lengths, table, is_causal=True, window=window) is lse
     (call,) = function.calls
     for name in ("q", "k", "v", "out"):

@@ -4,7 +4,7 @@ import torch
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionLayer
 
-from ..backends.flash_attention import FlashAttention
+from ..backends.flash_attention import FlashVarlen
 from ..backends.interface import Store
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -32,7 +32,7 @@ def find_store(layer: AttentionLayer, kv_cache_dtype: str) -> Store | None:
     return store
 
 
-def find_attention(head_size: int, scale: float, soft_cap: float) -> FlashAttention | None:
+def find_attention(head_size: int, scale: float, soft_cap: float) -> FlashVarlen | None:
     """FlashAttention as vLLM chooses it for such a layer; None: no version of it is here, or none does such a layer.
 
     While a model is made, since vLLM's choice goes by its current config. It takes `HALF_DTYPES`, and is never told of
@@ -47,4 +47,4 @@ def find_attention(head_size: int, scale: float, soft_cap: float) -> FlashAttent
         return None
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    return FlashAttention(flash_attn_varlen_func, version, scale, soft_cap)
+    return FlashVarlen(flash_attn_varlen_func, version, scale, soft_cap)

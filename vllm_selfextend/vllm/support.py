@@ -1,6 +1,7 @@
-"""What Self-Extend cannot serve, and why: known from the configuration, before a worker starts.
+"""What Self-Extend cannot serve, and why: what a model's configuration says, and the way it is to be run.
 
-What a model's layers say without weights, `worker.check_layers` and `binding.check_model` ask.
+Of numbers `method.config` refuses, of drafts `engine_args`, of layers `worker.check_layers` and `binding.check_model`,
+which need no weights. `vllm-selfextend plan` asks all of them: it starts an engine as far as that goes without weights.
 """
 
 import torch
@@ -32,8 +33,6 @@ def unsupported_reason(
     must_extend: bool = True,
 ) -> str | None:
     """Why this model, or this way to run it, cannot be served with the plan; None if nothing speaks against it.
-
-    Every refusal that goes by configuration alone is here: start-up asks, and so does `vllm-selfextend plan`.
 
     Args:
         plan: The numbers, `kernel` as the user gave it.
