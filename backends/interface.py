@@ -230,7 +230,7 @@ class AttentionBatch:
         query_start_loc_cpu: `query_start_loc` on the host, exact where prefills begin and end.
         seq_lens_cpu: `seq_lens` on the host, exact of prefills. A step without them waits for the device if it has
             prefills.
-        plans: What kernels worked out about the step, for all layers that are alike.
+        prepared: What kernels worked out about the step, for all layers that are alike.
 
     Raises:
         ValueError: One of the lengths is out of its range.
@@ -246,7 +246,7 @@ class AttentionBatch:
     decode_len: int = 1
     query_start_loc_cpu: torch.Tensor | None = None
     seq_lens_cpu: torch.Tensor | None = None
-    plans: dict[Hashable, Any] = field(default_factory=dict)
+    prepared: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("max_query_len", "max_seq_len", "decode_len"):

@@ -14,7 +14,7 @@ from benchmarks.gpu import LOADS, Case
 from benchmarks.layers import Heads, three_digits
 from vllm_selfextend.backends.interface import GroupSizes, Host
 from vllm_selfextend.backends.triton.buffers import Room
-from vllm_selfextend.backends.triton.prefill_plan import Kind, Layer, Prefill, Span, plan_prefills
+from vllm_selfextend.backends.triton.prefill_spans import Kind, Layer, Prefill, Span, take_apart
 from vllm_selfextend.method.positions import default_window, group_sizes
 
 
@@ -50,7 +50,7 @@ def spans_of(case: Case) -> list[Span]:
     window = default_window(case.trained_length)
     table = group_sizes(context, case.trained_length, window, "auto", case.trained_length)
     layer = Layer(GroupSizes.of(table), window, 0, *Room.of(Host()))
-    return plan_prefills([Prefill(0, 0, context - query_len, query_len)], layer)
+    return take_apart([Prefill(0, 0, context - query_len, query_len)], layer)
 
 
 def turned_bytes(case: Case, spans: list[Span]) -> int:

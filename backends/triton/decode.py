@@ -23,14 +23,14 @@ def find_keys(seq_len, first_position, TOKENS: tl.constexpr, SLIDING_WINDOW: tl.
 
 
 @triton.jit
-def find_share(num_keys, num_splits, wanted_splits, NEAR_N: tl.constexpr, LONGEST_SHARE: tl.constexpr):
+def find_split_len(num_keys, num_splits, wanted_splits, NEAR_N: tl.constexpr, LONGEST_SPLIT: tl.constexpr):
     """How many keys of a context each program takes, in whole tiles.
 
-    A `wanted_splits`th, `LONGEST_SHARE` at most, if `num_splits` programs can do all of them then.
+    A `wanted_splits`th, `LONGEST_SPLIT` at most, if `num_splits` programs can do all of them then.
     """
     tiles = tl.cdiv(num_keys, NEAR_N)
-    share = tl.minimum(tl.cdiv(tiles, wanted_splits), LONGEST_SHARE // NEAR_N)
-    return tl.maximum(share, tl.cdiv(tiles, num_splits)) * NEAR_N
+    length = tl.minimum(tl.cdiv(tiles, wanted_splits), LONGEST_SPLIT // NEAR_N)
+    return tl.maximum(length, tl.cdiv(tiles, num_splits)) * NEAR_N
 
 
 @triton.jit(
@@ -78,7 +78,7 @@ def decode_kernel(
     REST_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    LONGEST_SHARE: tl.constexpr,
+    LONGEST_SPLIT: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     FAR_N: tl.constexpr,
@@ -89,7 +89,7 @@ def decode_kernel(
     HAS_FP8: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
 ):
-    """One program per block of `TOKENS` queries, KV head and share of the context.
+    """One program per block of `TOKENS` queries, KV head and split of the context.
 
     Rows are tokens times the `HEADS` query heads of a KV head, padded to `BLOCK_M`. Requests with more than
     `decode_len` new tokens are left alone. Arguments up to `table_stride` are the step's, the others the layer's.
@@ -104,16 +104,16 @@ def decode_kernel(
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
     seq_len = tl.load(seq_lens + request)
-    # Which keys: those that any row sees, of these the program's share.
+    # Which keys: those that any row sees, of these the program's split.
     first_position = seq_len - query_len + first_token
     begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, NEAR_N)
     last_position = end - 1
     if IS_SPLIT:
         # The last ones have the tiles that need masks and are not pipelined, and start first.
         split = tl.num_programs(2) - 1 - tl.program_id(2)
-        share = find_share(end - begin, tl.num_programs(2), wanted_splits, NEAR_N, LONGEST_SHARE)
-        begin += split * share
-        end = tl.minimum(begin + share, end)
+        split_len = find_split_len(end - begin, tl.num_programs(2), wanted_splits, NEAR_N, LONGEST_SPLIT)
+        begin += split * split_len
+        end = tl.minimum(begin + split_len, end)
     is_its = (first_token < query_len) & (query_len <= decode_len)
     if is_its & (begin < end):
         rows = tl.arange(0, BLOCK_M)
@@ -317,13 +317,13 @@ def merge_splits_kernel(
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_SIZE_PADDED: tl.constexpr,
-    LONGEST_SHARE: tl.constexpr,
+    LONGEST_SPLIT: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     NEAR_N: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Join the shares of one token's head: one program each, `SPLITS` shares at a time, in the order of their keys.
+    """Join the splits of one token's head: one program each, `SPLITS` of them at a time, in the order of their keys.
 
     Arguments up to `num_splits` are the step's, the others the layer's.
     """
@@ -337,7 +337,9 @@ def merge_splits_kernel(
         seq_len = tl.load(seq_lens + request)
         first_position = seq_len - query_len + request_token // TOKENS * TOKENS
         begin, end = find_keys(seq_len, first_position, TOKENS, SLIDING_WINDOW, NEAR_N)
-        shares = tl.cdiv(end - begin, find_share(end - begin, num_splits, wanted_splits, NEAR_N, LONGEST_SHARE))
+        used_splits = tl.cdiv(
+            end - begin, find_split_len(end - begin, num_splits, wanted_splits, NEAR_N, LONGEST_SPLIT)
+        )
         num_kv_heads = tl.num_programs(1) // HEADS
         block = request * blocks + request_token // TOKENS
         first_row = (block * num_kv_heads + head // HEADS).to(tl.int64) * num_splits * BLOCK_M
@@ -348,13 +350,13 @@ def merge_splits_kernel(
         lse = tl.full([], float("-inf"), tl.float32)
         if sinks is not None:
             lse = tl.load(sinks + head).to(tl.float32) * LOG2_E
-        for first_share in range(0, shares, SPLITS):
-            share = first_share + tl.arange(0, SPLITS)
-            share_mask = share < shares
-            row = first_row + share * BLOCK_M
-            mask = share_mask[:, None] & (dims < HEAD_SIZE)[None, :]
+        for first_split in range(0, used_splits, SPLITS):
+            split = first_split + tl.arange(0, SPLITS)
+            split_mask = split < used_splits
+            row = first_row + split * BLOCK_M
+            mask = split_mask[:, None] & (dims < HEAD_SIZE)[None, :]
             theirs = tl.load(workspace + row[:, None] * HEAD_SIZE + dims[None, :], mask=mask, other=0.0)
-            their_lse = tl.load(workspace + num_rows * HEAD_SIZE + row, mask=share_mask, other=float("-inf"))
+            their_lse = tl.load(workspace + num_rows * HEAD_SIZE + row, mask=split_mask, other=float("-inf"))
             output, lse = merge_all(output, lse, theirs, their_lse)
         if v_scale is not None:
             output *= tl.load(v_scale)

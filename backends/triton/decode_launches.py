@@ -13,12 +13,12 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 MAX_SPLITS = 64
 """Among how many at most."""
 
-LONGEST_SHARE = 16384
+LONGEST_SPLIT = 16384
 """Keys that a program takes at most, however many requests there are, while `workspace_numbers` suffice: else a step of
 many short contexts and a long one waits for the long one's program."""
 
 MERGED_SPLITS = 16
-"""Shares that are joined at a time."""
+"""Splits that are joined at a time."""
 
 PREFILL_PASSES = 3
 """How often a prefill goes over a context in memory: it reads it, writes it turned, and reads that."""
@@ -40,7 +40,7 @@ def workspace_numbers(num_heads: int, num_kv_heads: int, head_size: int, device:
 
 def _most_programs(rows: int, device: Device) -> int:
     """How many programs share contexts at most."""
-    # Those that are wanted, and more for LONGEST_SHARE.
+    # Those that are wanted, and more for LONGEST_SPLIT.
     wanted = PROGRAMS_PER_MULTIPROCESSOR * device.num_multiprocessors
     return wanted * max(2, 128 // rows)
 
@@ -72,7 +72,7 @@ class DecodeKernels:
             "HEADS": self.heads,
             "HEAD_SIZE": head_size,
             "HEAD_SIZE_PADDED": padded(head_size),
-            "LONGEST_SHARE": LONGEST_SHARE,
+            "LONGEST_SPLIT": LONGEST_SPLIT,
             "TOKENS": self.tokens,
         }
         common = {
@@ -109,8 +109,8 @@ class DecodeKernels:
         num_programs = num_blocks * self.num_kv_heads
         # Not more than wanted: the last ones would run alone.
         wanted = min(max(1, self.wanted_programs // num_programs), MAX_SPLITS)
-        # As many as LONGEST_SHARE asks for, while there is room for what they find.
-        long = min(cdiv(max_seq_len, LONGEST_SHARE), self.most_programs // num_programs, MAX_SPLITS)
+        # As many as LONGEST_SPLIT asks for, while there is room for what they find.
+        long = min(cdiv(max_seq_len, LONGEST_SPLIT), self.most_programs // num_programs, MAX_SPLITS)
         return max(wanted, long), wanted
 
     def __call__(

@@ -106,7 +106,7 @@ class TritonLayer(LayerKernels):
         cache = self._cache(kv_cache)
         made = self._kernels(query, cache.whole, out)
         workspace = self._checked(workspace, made.workspace_size, query.device)
-        spans = made.prefill.plan(batch) if batch.max_query_len > batch.decode_len else []
+        spans = made.prefill.spans(batch) if batch.max_query_len > batch.decode_len else []
         # A request alone is either.
         if not spans or batch.seq_lens.shape[0] > 1:
             made.decode(query, cache.whole, batch, out, workspace.view(torch.float32))

@@ -1,4 +1,4 @@
-"""What a step's prefills launch: the calls of `prefill_plan.py`, through FlashAttention or a kernel of ours."""
+"""What a step's prefills launch: the calls of `prefill_spans.py`, through FlashAttention or a kernel of ours."""
 
 import itertools
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from .launches import (
     stride_arguments,
 )
 from .merge import merge_kernel
-from .prefill_plan import Kind, Layer, Part, Span, find_prefills, plan_prefills
+from .prefill_spans import Kind, Layer, Part, Span, find_prefills, take_apart
 from .tiles import Device
 from .turn_kernels import turn_keys_kernel, turn_queries_kernel
 
@@ -29,7 +29,7 @@ MANY = 1024
 """Queries of a sequence for which FlashAttention 4 compiles other code than for few."""
 
 
-class PlannedSpan(NamedTuple):
+class SpanCalls(NamedTuple):
     """A span and its parts, each with the lengths of its call on the device."""
 
     span: Span
@@ -37,7 +37,7 @@ class PlannedSpan(NamedTuple):
     parts: list[tuple[Part, VarlenLengths]]
 
 
-def on_device(spans: list[Span], device: torch.device) -> list[PlannedSpan]:
+def on_device(spans: list[Span], device: torch.device) -> list[SpanCalls]:
     """With all lengths in one tensor, which is on its way to the device when this returns."""
     numbers: list[int] = []
     for span in spans:
@@ -52,7 +52,7 @@ def on_device(spans: list[Span], device: torch.device) -> list[PlannedSpan]:
         return VarlenLengths(query_start_loc, key_start_loc[1:], key_start_loc, max_query_len, max_seq_len)
 
     return [
-        PlannedSpan(
+        SpanCalls(
             span,
             lengths(max(one.num_rows for one in span.prefills), max(span.seq_lens)),
             [(part, lengths(part.num_rows, part.num_keys)) for part in span.parts],
@@ -174,15 +174,15 @@ class PrefillKernels:
             for is_causal in (True, False) if params.group_sizes is not None else ():
                 self.over_buffer(rows, keys, keys, rows, lse, lengths, None, is_causal=is_causal, window=0)
 
-    def plan(self, batch: AttentionBatch) -> list[PlannedSpan]:
+    def spans(self, batch: AttentionBatch) -> list[SpanCalls]:
         """The step's calls, the same for all layers that are alike."""
-        if self.layer not in batch.plans:
+        if self.layer not in batch.prepared:
             starts, lens = batch.query_start_loc_cpu, batch.seq_lens_cpu
             starts = batch.query_start_loc if starts is None else starts
             lens = batch.seq_lens if lens is None else lens
             prefills = find_prefills(starts.tolist(), lens.tolist(), batch.decode_len)
-            batch.plans[self.layer] = on_device(plan_prefills(prefills, self.layer), batch.seq_lens.device)
-        spans: list[PlannedSpan] = batch.plans[self.layer]
+            batch.prepared[self.layer] = on_device(take_apart(prefills, self.layer), batch.seq_lens.device)
+        spans: list[SpanCalls] = batch.prepared[self.layer]
         return spans
 
     def __call__(
@@ -193,10 +193,10 @@ class PrefillKernels:
         batch: AttentionBatch,
         out: torch.Tensor,
         buffers: Buffers,
-        planned: PlannedSpan,
+        calls: SpanCalls,
     ) -> None:
-        """Answer a span of `plan`; `caches` are views of `kv_cache` as `interface.Store` has them."""
-        span, params, num_heads = planned.span, self.params, query.shape[1]
+        """Answer a span of `spans`; `caches` are views of `kv_cache` as `interface.Store` has them."""
+        span, params, num_heads = calls.span, self.params, query.shape[1]
         first, num_rows = span.first_token, span.num_rows
         if num_rows < query.shape[0]:
             query, out = query[first : first + num_rows], out[first : first + num_rows]
@@ -205,11 +205,11 @@ class PrefillKernels:
         window = params.neighbor_window if span.kind is Kind.GROUPED else params.sliding_window
         requests = slice(span.prefills[0].request, span.prefills[-1].request + 1)
         table = batch.block_table[requests]
-        lse = self.over_cache(near, *caches, out, lse, planned.lengths, table, is_causal=True, window=window)
+        lse = self.over_cache(near, *caches, out, lse, calls.lengths, table, is_causal=True, window=window)
         grid = cdiv(num_rows, TOKENS_A_PROGRAM), num_heads, 1
         if params.sinks is not None:
             self.merge_sinks(grid, (out, lse, None, None, num_rows, lse.stride(0), 0))
-        for part, lengths in planned.parts:
+        for part, lengths in calls.parts:
             self._attend_part(kv_cache, batch, out, lse, buffers, part, lengths)
 
     def _turn_queries(self, query: torch.Tensor, buffers: Buffers, span: Span) -> torch.Tensor:

@@ -176,11 +176,11 @@ def test_any_number_of_programs_shares_a_context(programs: int, monkeypatch: pyt
     check(Case(((1, 130), (1, 3), (5, 70)), **shape), torch.float32)
 
 
-@pytest.mark.parametrize("longest_share", [32, 64, 96])
-def test_a_long_context_among_many_is_shared(longest_share: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where requests alone make programs enough: a program takes `LONGEST_SHARE` keys at most."""
+@pytest.mark.parametrize("longest_split", [32, 64, 96])
+def test_a_long_context_among_many_is_shared(longest_split: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where requests alone make programs enough: a program takes `LONGEST_SPLIT` keys at most."""
     monkeypatch.setattr(decode_launches, "PROGRAMS_PER_MULTIPROCESSOR", 2)
-    monkeypatch.setattr(decode_launches, "LONGEST_SHARE", longest_share)
+    monkeypatch.setattr(decode_launches, "LONGEST_SPLIT", longest_split)
     case = Case(((1, 5), (1, 290), (1, 1), (1, 64), (1, 97), (3, 33)), num_heads=2, num_kv_heads=1)
     for layer in ({"exact_len": 48}, {"has_sinks": True}, {"group_size": 1, "sliding_window": 70}):
         check(replace(case, **layer), torch.float32)
@@ -335,7 +335,7 @@ def test_a_step_allocates_nothing_and_waits_for_nothing(
     step = Step(triton.KERNELS, Problem.of(case, torch.float32), torch.float32, **options)
     step.store()
     step.attend()
-    assert bool(step.layer.made and step.batch.plans) == (batch == "mixed")
+    assert bool(step.layer.made and step.batch.prepared) == (batch == "mixed")
     launched: list[LayerKernel] = []
     monkeypatch.setattr(LayerKernel, "__call__", lambda kernel, grid, step: launched.append(kernel))
     out = torch.empty_like(step.query)

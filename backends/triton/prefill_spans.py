@@ -114,7 +114,7 @@ def find_prefills(query_start_loc: Sequence[int], seq_lens: Sequence[int], decod
     ]
 
 
-def plan_prefills(prefills: list[Prefill], layer: Layer) -> list[Span]:
+def take_apart(prefills: list[Prefill], layer: Layer) -> list[Span]:
     """All calls of a step, in their order."""
     spans: list[Span] = []
     for prefill in prefills:

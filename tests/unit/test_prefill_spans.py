@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_selfextend.backends.interface import GroupSizes
-from vllm_selfextend.backends.triton.prefill_plan import Kind, Layer, Prefill, find_prefills, plan_prefills
+from vllm_selfextend.backends.triton.prefill_spans import Kind, Layer, Prefill, find_prefills, take_apart
 from vllm_selfextend.method.positions import group_sizes, largest_auto_window
 
 
@@ -34,7 +34,7 @@ def test_every_row_meets_every_key_once(layer: Layer, lengths: list[tuple[int, i
     assert [one.request for one in prefills] == [n for n, (rows, _) in enumerate(lengths) if rows > decode_len]
     met = {one.request: torch.zeros(one.num_rows, seq_lens[one.request], dtype=torch.int) for one in prefills}
     last_token = -1
-    for span in plan_prefills(prefills, layer):
+    for span in take_apart(prefills, layer):
         assert span.first_token > last_token
         last_token = span.first_token + span.num_rows - 1
         assert span.num_rows <= layer.num_rows
@@ -79,12 +79,12 @@ def test_every_row_meets_every_key_once(layer: Layer, lengths: list[tuple[int, i
 def test_values_are_copied_once_and_keys_turned_once_a_group_size() -> None:
     sizes = GroupSizes.of(group_sizes(40_000, 8192, 1024, "auto", 8192))
     layer = Layer(sizes, 1024, 8192, 8192, 32_768)
-    (span,) = plan_prefills([Prefill(0, 0, 20_000, 2048)], layer)
+    (span,) = take_apart([Prefill(0, 0, 20_000, 2048)], layer)
     assert sum(part.num_copied for part in span.parts) == 20_000 + 2048 - 1024
     assert len({part.eighths for part in span.parts}) == len(span.parts) == len([p for p in span.parts if p.num_turned])
 
 
 def test_requests_within_the_trained_length_are_one_call() -> None:
     sizes = GroupSizes.of(group_sizes(40_000, 8192, 1024, "auto", 8192))
-    spans = plan_prefills([Prefill(n, 100 * n, 50 * n, 100) for n in range(5)], Layer(sizes, 1024, 8192, 512, 64))
+    spans = take_apart([Prefill(n, 100 * n, 50 * n, 100) for n in range(5)], Layer(sizes, 1024, 8192, 512, 64))
     assert [(span.kind, span.num_rows, len(span.prefills)) for span in spans] == [(Kind.PLAIN, 500, 5)]
