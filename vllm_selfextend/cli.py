@@ -3,21 +3,16 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import json
 import os
 import re
 import shlex
-import shutil
-import sys
-import tempfile
-import traceback
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -26,32 +21,11 @@ from rich.text import Text as Styled
 
 from .backends.limits import MAX_POSITIONS
 from .method.plan import CONFIG_KEY
-from .method.positions import smallest_group_size
 
 if TYPE_CHECKING:
-    from .evaluation.comparison import Comparison
-    from .evaluation.loss import LossTask
-    from .evaluation.passkey import PasskeyTask
-    from .evaluation.prompts import Prompt, Row, Task
-    from .evaluation.records import Records
+    from .evaluation.prompts import Prompt, Row
+    from .evaluation.run_folder import RunFolder
     from .vllm.report import PlanReport
-
-
-@dataclasses.dataclass
-class Session:
-    """Where a run writes, the screen, and the answers once they are kept in the folder."""
-
-    folder: Path
-    stderr: TextIO
-    records: "Records | None" = None
-
-    @property
-    def goes_on(self) -> list[str]:
-        """That the run goes on from what was answered, if anything was."""
-        if self.records is None or not self.records.rows:
-            return []
-        again = shlex.quote(str(self.folder))
-        return [f"What was answered is in {self.folder}; the same command with --output {again} goes on."]
 
 
 class MethodName(str, Enum):
@@ -81,7 +55,6 @@ class TuneTaskName(str, Enum):
 
 
 DEFAULT_TASKS = list(TaskName)
-DEFAULT_METHODS = ("unmodified", "yarn", "self-extend")
 
 
 def _tokens(text: str) -> int:
@@ -104,8 +77,6 @@ app = typer.Typer(help="Self-Extend for vLLM.", no_args_is_help=True, add_comple
 # No markup: paths, names and answers are printed, and may have brackets and colons.
 console = Console(markup=False, emoji=False)
 errors = Console(stderr=True, markup=False, emoji=False)
-
-LOG = "vllm.log"
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder or its name on the Hugging Face hub.")]
 GroupSize = Annotated[int | None, typer.Option(min=1, help="One past the trained length; without it, by position.")]
@@ -188,16 +159,15 @@ def demo(
     output: Annotated[Path | None, typer.Option(help="Write results, a picture and vLLM's log to this folder.")] = None,
 ) -> None:
     """Find passkeys in texts up to 16 times longer than the small model that ships with the package was trained on."""
-    with _evaluating(output) as session:
+    with _evaluating(output) as folder:
         from .demo import run
         from .evaluation.tables import passkey_table
 
         comparison = run.comparison()
-        length = comparison.checkpoint.report.trained_length
-        rows, written = _compare(comparison, {"demo": dataclasses.asdict(run.TASK)}, session)
-    title = f"Passkeys found by a model trained on {length} tokens"
-    _print_tables(functools.partial(passkey_table, rows, title=title), run.METHODS)
-    _print_example(comparison.prompts[0][1], rows)
+        rows, written = comparison.run(folder)
+    title = f"Passkeys found by a model trained on {comparison.checkpoint.report.trained_length} tokens"
+    _print_tables(functools.partial(passkey_table, rows, title=title), comparison.methods)
+    _print_example(run.example(comparison.prompts[0][1]), rows)
     _print_written(output, written)
 
 
@@ -242,51 +212,40 @@ def evaluate(
 ) -> None:
     """Compare Self-Extend with the unmodified model and with what vLLM has: keys found, and loss over position."""
     settings = _settings(group_size, neighbor_window, trained_length, exact_short, log_scale)
-    with _evaluating(output) as session:
-        from .evaluation.comparison import Comparison
-        from .evaluation.engine import OWN_ARGUMENTS, prompt_encoder
-        from .evaluation.methods import allowed_methods, read_checkpoint
+    with _evaluating(output) as folder:
+        from .evaluation.comparison import comparison_from_options
+        from .evaluation.engine import OWN_ARGUMENTS
         from .evaluation.tables import loss_table, passkey_table
 
-        arguments = _engine_args(engine_args, OWN_ARGUMENTS)
-        served = max(max_model_len, served_length or 0)
-        checkpoint = read_checkpoint(model, served, settings, arguments)
-        encode_chat, encode, uses_chat = prompt_encoder(model, arguments, chat=chat)
-        lengths = tuple(length or _doubling(checkpoint.report.trained_length // 2, max_model_len))
-        if (longest := max(lengths)) > max_model_len:
-            raise ValueError(f"--length {longest} is more than --max-model-len {max_model_len}.")
-        tasks: list[Task] = []
-        if TaskName.PASSKEY in task:
-            tasks.append(_passkey_task(lengths, depths, keys, rounds, seed, uses_chat))
-        if TaskName.LOSS in task:
-            tasks.append(_loss_task(text, loss_length, max_model_len))
-        prompts = [(one, list(one.prompts(encode_chat if one.name == "passkey" else encode))) for one in tasks]
-        methods = list(dict.fromkeys(one.value for one in method or ()))
-        left_out: list[str] = []
-        if not methods:
-            methods, left_out = allowed_methods(DEFAULT_METHODS, checkpoint, settings)
-        comparison = Comparison(checkpoint, methods, prompts, settings, arguments)
-        asked = {
-            "model": model,
-            "methods": methods,
-            "served_length": served,
-            "self_extend": settings,
-            "plan": dataclasses.asdict(checkpoint.report),
-            "engine_args": arguments,
-            "chat": uses_chat,
-            "prompts": {one.name: _digest(prompts) for one, prompts in prompts},
-        }
-        rows, written = _compare(comparison, asked, session)
-    for one in tasks:
+        comparison = comparison_from_options(
+            model,
+            max_model_len,
+            settings,
+            _engine_args(engine_args, OWN_ARGUMENTS),
+            served_length=served_length,
+            methods=[one.value for one in method or ()],
+            tasks=[one.value for one in task],
+            lengths=length or (),
+            depths=depths,
+            keys=keys,
+            rounds=rounds,
+            seed=seed,
+            loss_length=loss_length,
+            texts=text or (),
+            chat=chat,
+        )
+        rows, written = comparison.run(folder)
+    report = comparison.checkpoint.report
+    for one, _ in comparison.prompts:
         mine = [row for row in rows if row["task"] == one.name]
         if one.name == "passkey":
-            title = f"Passkeys found, on a server of {served:,} tokens"
+            title = f"Passkeys found, on a server of {report.max_model_len:,} tokens"
             table_of = functools.partial(passkey_table, mine, title=title)
         else:
-            table_of = functools.partial(loss_table, mine, trained_length=checkpoint.report.trained_length)
-        _print_tables(table_of, methods)
+            table_of = functools.partial(loss_table, mine, trained_length=report.trained_length)
+        _print_tables(table_of, comparison.methods)
     console.print("In brackets and behind +-: the 95 % interval.", highlight=False)
-    for reason in left_out:
+    for reason in comparison.left_out:
         console.print(f"Not compared: {reason}", highlight=False, soft_wrap=True)
     _print_written(output, written)
 
@@ -313,55 +272,33 @@ def tune(
 ) -> None:
     """Find the group size and neighbor window that a model reads best with at a length."""
     settings = _settings(None, None, trained_length, log_scale=log_scale)
-    with _evaluating(output) as session:
-        from .evaluation.engine import OWN_ARGUMENTS, prompt_encoder, running
-        from .evaluation.methods import read_checkpoint
-        from .evaluation.screen import Stopped, trying
+    with _evaluating(output) as folder:
+        from .evaluation.engine import OWN_ARGUMENTS
         from .evaluation.summary import group_sizes_of
         from .evaluation.tables import distance_from_auto, numbers_table
-        from .evaluation.tuning import Numbers, Search, check_differs, try_numbers, write_search
-        from .evaluation.user_prompts import UserTask, read_prompts
+        from .evaluation.tuning import tuning_from_options
 
-        arguments = {**_engine_args(engine_args, OWN_ARGUMENTS), "enforce_eager": True}
-        checkpoint = read_checkpoint(model, max_model_len, settings, arguments)
-        report = checkpoint.report
-        if not exact_short:  # where no group size is automatic, the least that reaches is tried first
-            least = smallest_group_size(report.trained_length, report.neighbor_window, max_model_len)
-            settings |= {"exact_short": False, "group_size": least}
-            report = read_checkpoint(model, max_model_len, settings, arguments).report
-        encode_chat, encode, uses_chat = prompt_encoder(model, arguments, chat=chat)
-        asked: Task
-        if prompts is not None or task == TuneTaskName.PROMPTS:
-            if prompts is None:
-                raise ValueError("--task prompts needs a file of them: --prompts FILE.jsonl.")
-            asked = UserTask(read_prompts(prompts), max_model_len)
-        elif task == TuneTaskName.LOSS:
-            asked = _loss_task(text, None, max_model_len)
-        else:
-            asked = _passkey_task((max_model_len,), depths, 1, rounds, seed, uses_chat)
-        put = list(asked.prompts(encode if asked.scores_prompt else encode_chat))
-        check_differs(asked, put, report.trained_length, exact_short)
-        search = Search(report.trained_length, max_model_len, (report.group_size, report.neighbor_window))
-        with (
-            running("self-extend", checkpoint, settings, arguments) as llm,
-            trying(session.stderr, 60 * budget) as show,
-        ):
-
-            def costs_of(numbers: Numbers) -> list[float]:
-                show(f"{len(search.costs)} tried, now G {numbers[0]}, W {numbers[1]}")
-                return try_numbers(llm, numbers, asked, put, report.trained_length)
-
-            try:
-                search.run(costs_of, 60 * budget)
-            except Stopped:
-                if not search.costs:
-                    raise
-        written = write_search(search, asked.scores_prompt, session.folder)
-    _print_tables(functools.partial(numbers_table, search, asked.scores_prompt), group_sizes_of(search.costs))
-    group_size, window = search.best
+        tuning = tuning_from_options(
+            model,
+            max_model_len,
+            settings,
+            _engine_args(engine_args, OWN_ARGUMENTS),
+            task=task.value,
+            prompts=prompts,
+            depths=depths,
+            rounds=rounds,
+            seed=seed,
+            texts=text or (),
+            chat=chat,
+            exact_short=exact_short,
+        )
+        written = tuning.run(folder, 60 * budget)
+    search = tuning.search
+    table_of = functools.partial(numbers_table, search, tuning.task.scores_prompt)
+    _print_tables(table_of, group_sizes_of(search.costs))
     console.print(distance_from_auto(search), soft_wrap=True, highlight=False)
-    numbers = {CONFIG_KEY: {**settings, "group_size": group_size, "neighbor_window": window}}
-    console.print(f"\n--additional-config '{json.dumps(numbers)}'", soft_wrap=True, highlight=False)
+    numbers = json.dumps({CONFIG_KEY: tuning.best_settings})
+    console.print(f"\n--additional-config '{numbers}'", soft_wrap=True, highlight=False)
     _print_written(output, written)
 
 
@@ -374,56 +311,42 @@ def _need_vllm() -> None:
 
 
 @contextlib.contextmanager
-def _evaluating(output: Path | None) -> Iterator[Session]:
-    """A run's folder and screen; what a user can mend, or stops, is one sentence.
-
-    Without `output` the folder is a temporary one, and is removed at the end unless it is of use: it has the log of a
-    run that failed, or answers to go on from.
-    """
+def _evaluating(output: Path | None) -> "Iterator[RunFolder]":
+    """A run's folder, stderr its log; what a user can mend, or stops, is one sentence."""
     _need_vllm()
     _need_eval_extra()
-    from .evaluation.records import alone_in
-    from .evaluation.screen import Stopped, stderr_to, stopped_by_signals
+    from .evaluation.run_folder import run_folder
+    from .evaluation.screen import Stopped
 
-    folder, of_use = output, True
     try:
-        if folder is None:
-            folder = _temporary_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder):
-            session, log = Session(folder, sys.stderr), folder / LOG
+        with run_folder(output) as folder:
             try:
-                with stderr_to(log) as session.stderr, stopped_by_signals():
-                    yield session
-                of_use = False
+                with folder.logging():
+                    yield folder
             except Stopped as stop:
-                of_use = bool(session.goes_on)
-                errors.print("Stopped.", *session.goes_on, highlight=False, soft_wrap=True)
+                errors.print("Stopped.", *_goes_on(folder), highlight=False, soft_wrap=True)
                 raise typer.Exit(128 + stop.signum) from stop
             except (ValueError, OSError) as error:
                 from .evaluation.engine import OWN_ARGUMENTS  # and with it vLLM, whose log was to go into the file
 
-                problem = _keep_traceback(error, log)
-                of_use = problem is None or bool(session.goes_on)
+                problem = folder.log_problem
                 kept = "is in" if problem is None else f"could not be written ({problem}) to"
-                _fail(error, *_hints(str(error), OWN_ARGUMENTS), f"Its traceback {kept} {log}.", *session.goes_on)
+                traceback = f"Its traceback {kept} {folder.log}."
+                _fail(error, *_hints(str(error), OWN_ARGUMENTS), traceback, *_goes_on(folder))
             except Exception:  # whose traceback follows; the end of the log stands above it
-                for sentence in session.goes_on:
+                for sentence in _goes_on(folder):
                     errors.print(sentence, highlight=False, soft_wrap=True)
                 raise
     except (ValueError, OSError) as error:  # there is no log to write to
-        of_use = False
         _fail(error)
-    finally:
-        if output is None and folder is not None and not of_use:
-            shutil.rmtree(folder)
 
 
-def _temporary_folder() -> Path:
-    try:
-        return Path(tempfile.mkdtemp(prefix="vllm-selfextend-"))
-    except OSError as error:
-        raise ValueError(f"Without --output a run needs a temporary folder, and there is none: {error}") from error
+def _goes_on(folder: "RunFolder") -> list[str]:
+    """That the run goes on from what was answered, if anything was."""
+    if not folder.has_answers:
+        return []
+    again = shlex.quote(str(folder.path))
+    return [f"What was answered is in {folder.path}; the same command with --output {again} goes on."]
 
 
 def _need_eval_extra() -> None:
@@ -438,16 +361,6 @@ def _fail(error: Exception | str, *more: str) -> NoReturn:
     for sentence in more:
         errors.print(sentence, highlight=False, soft_wrap=True)
     raise typer.Exit(1) from (error if isinstance(error, Exception) else None)
-
-
-def _keep_traceback(error: Exception, log: Path) -> OSError | None:
-    """Write an error's traceback to a log; what comes back is why that could not be done."""
-    try:
-        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            traceback.print_exception(error, file=file)
-    except OSError as problem:  # the disk is full, for instance, and that may be the error itself
-        return problem
-    return None
 
 
 def _hints(advice: str, taken: Collection[str]) -> list[str]:
@@ -503,63 +416,6 @@ def _engine_args(text: str, taken: Collection[str]) -> dict[str, Any]:
     return arguments
 
 
-def _doubling(first: int, last: int) -> list[int]:
-    lengths = [last]
-    while lengths[-1] // 2 >= max(first, 64):
-        lengths.append(lengths[-1] // 2)
-    return lengths[::-1]
-
-
-def _passkey_task(
-    lengths: tuple[int, ...], depths: int, keys: int, rounds: int, seed: int, uses_chat: bool
-) -> "PasskeyTask":
-    from .evaluation.passkey import ASKED, COMPLETED, PasskeyTask
-
-    # Depths in the middle of as many equal parts.
-    places = tuple((place + 0.5) / depths for place in range(depths))
-    return PasskeyTask(lengths, places, (keys,), rounds, ASKED if uses_chat else COMPLETED, seed)
-
-
-def _loss_task(texts: list[Path] | None, length: int | None, max_model_len: int) -> "LossTask":
-    from .evaluation.loss import LossTask, read_texts, standard_library_texts
-
-    if length is not None and length > max_model_len:
-        raise ValueError(f"--loss-length {length} is more than --max-model-len {max_model_len}.")
-    return LossTask(read_texts(texts) if texts else standard_library_texts(), length or max_model_len)
-
-
-def _compare(comparison: "Comparison", asked: dict[str, Any], session: Session) -> "tuple[list[Row], list[Path]]":
-    """Run what is not yet in the session's folder, with bars, and write the results there."""
-    from .evaluation.machine import describe_machine
-    from .evaluation.methods import METHODS
-    from .evaluation.records import Records
-    from .evaluation.screen import bars, reading_work
-
-    comparison.check()
-    records = session.records = Records(session.folder, asked | {"machine": describe_machine()})
-    hidden_size = comparison.checkpoint.hidden_size
-    work = {
-        METHODS[method].label: sum(
-            reading_work(len(prompt.token_ids), hidden_size)
-            for _, prompts in comparison.missing(method, records)
-            for prompt in prompts
-        )
-        for method in comparison.methods
-    }
-    with bars(session.stderr, work) as advance:
-        comparison.run(
-            records,
-            lambda method, prompt: advance(METHODS[method].label, reading_work(len(prompt.token_ids), hidden_size)),
-        )
-    return comparison.rows(records), comparison.write(records)
-
-
-def _digest(prompts: "list[Prompt]") -> dict[str, Any]:
-    """How many prompts, and what tells them from others."""
-    tokens = json.dumps([[prompt.name, prompt.token_ids] for prompt in prompts])
-    return {"count": len(prompts), "sha256": hashlib.sha256(tokens.encode()).hexdigest()}
-
-
 def _print_tables(table_of: Callable[[Sequence[Any]], Table], columns: Sequence[Any]) -> None:
     from .evaluation.tables import fitting
 
@@ -567,16 +423,14 @@ def _print_tables(table_of: Callable[[Sequence[Any]], Table], columns: Sequence[
         console.print(table)
 
 
-def _print_example(prompts: "list[Prompt]", rows: "list[Row]") -> None:
-    """One prompt of the longest kind, its middle left out, and every method's answer."""
+def _print_example(prompt: "Prompt", rows: "list[Row]") -> None:
+    """One prompt, its middle left out, and every method's answer."""
     from .evaluation.methods import METHODS
 
-    longest, most = max(p.cell["length"] for p in prompts), max(p.cell["num_keys"] for p in prompts)
-    wanted = {"length": longest, "num_keys": most, "depth": 0.5, "round": 0}
-    prompt = next(prompt for prompt in prompts if prompt.cell == wanted)
     begin = prompt.text.index(str(prompt.expected))
     cut = prompt.text[:60], prompt.text[begin - 80 : begin + 60], prompt.text[-90:]
-    console.print(Styled.assemble(("\nOne of the prompts", "bold"), f", {longest:,} tokens, cut for the screen:"))
+    length = prompt.cell["length"]
+    console.print(Styled.assemble(("\nOne of the prompts", "bold"), f", {length:,} tokens, cut for the screen:"))
     console.print(" ... ".join(cut), highlight=False, soft_wrap=True)
     answers = {"The key": prompt.expected}
     answers |= {METHODS[row["method"]].label: row["answer"].strip() for row in rows if row["name"] == prompt.name}
@@ -586,6 +440,8 @@ def _print_example(prompts: "list[Prompt]", rows: "list[Row]") -> None:
 
 def _print_written(output: Path | None, written: "list[Path]") -> None:
     if output is not None:
+        from .evaluation.run_folder import LOG
+
         names = ", ".join(path.name for path in written)
         console.print(f"\nWrote {names} and {LOG} to {output}.", highlight=False, soft_wrap=True)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import io
 import json
@@ -13,12 +14,15 @@ import pytest
 import typer
 import vllm.logger  # noqa: F401  (sets vLLM's log up here: not in a test, whose stdout is closed after it)
 from typer.testing import CliRunner, Result
+from vllm.engine.arg_utils import EngineArgs
 
 import vllm_selfextend
 from vllm_selfextend import cli
 from vllm_selfextend.__main__ import main
 from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.demo import run as demo
 from vllm_selfextend.evaluation.records import Records
+from vllm_selfextend.evaluation.run_folder import RunFolder
 from vllm_selfextend.evaluation.screen import Stopped, stopped_by_signals
 from vllm_selfextend.vllm import plugin
 
@@ -248,6 +252,43 @@ def test_what_cannot_be_asked(options: list, exit_code: int, said: str, tmp_path
     assert said in " ".join(result.stderr.replace("│", "").split())
 
 
+@pytest.fixture
+def configs_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models whose config vLLM reads in this process; a plan's start-up has one of its own."""
+    read = []
+    create = EngineArgs.create_model_config
+
+    def reading(arguments: EngineArgs) -> object:
+        read.append(arguments.model)
+        return create(arguments)
+
+    monkeypatch.setattr(EngineArgs, "create_model_config", reading)
+    return read
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["plan"], "trained length L"),
+        (["evaluate", "--loss-length", 2], "at least 3 tokens"),
+        (["tune", "--no-exact-short", "--prompts", "no.jsonl"], "The prompts no.jsonl cannot be read"),
+    ],
+)
+def test_a_config_is_read_once(options: list, said: str, configs_read: list[str], tmp_path: Path) -> None:
+    """By commands that come as far as to their prompts."""
+    output = [] if options == ["plan"] else ["--output", tmp_path]
+    result = invoke(options[0], MODEL_DIR, "--max-model-len", 1024, *options[1:], *output)
+    assert said in result.stdout + result.stderr
+    assert configs_read == [str(MODEL_DIR)]
+
+
+def test_the_demo_reads_its_config_once(configs_read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "TASK", dataclasses.replace(demo.TASK, lengths=(512,), depths=(0.5,), rounds=1))
+    comparison = demo.comparison()
+    assert demo.example(comparison.prompts[0][1]).cell == {"length": 512, "num_keys": 4, "depth": 0.5, "round": 0}
+    assert configs_read == [str(MODEL_DIR)]
+
+
 def test_prompts_that_no_numbers_change_are_not_tuned(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "The sky is", "answer": "blue"}\n')
@@ -337,14 +378,14 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def fail(error: BaseException, output: Path | None, *, answers: int = 0, model: str = "A") -> int:
     """A run that answers something and raises; its exit code."""
 
-    def run(session: cli.Session) -> None:
-        session.records = Records(session.folder, {"model": model})
+    def run(folder: RunFolder) -> None:
+        folder.records = Records(folder.path, {"model": model})
         for name in range(answers):
-            session.records.add({"method": "yarn", "name": str(name)})
+            folder.records.add({"method": "yarn", "name": str(name)})
         raise error
 
-    with pytest.raises(typer.Exit) as ended, cli._evaluating(output) as session:
-        run(session)
+    with pytest.raises(typer.Exit) as ended, cli._evaluating(output) as folder:
+        run(folder)
     return ended.value.exit_code
 
 
@@ -412,9 +453,9 @@ def test_a_signal_that_somebody_ignores() -> None:
 
 
 def test_a_run_without_output_leaves_what_is_of_use(temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with cli._evaluating(None) as session:
-        assert session.folder.parent == temporary
-        Records(session.folder, {}).add({"method": "yarn", "name": "a"})
+    with cli._evaluating(None) as folder:
+        assert folder.path.parent == temporary
+        Records(folder.path, {}).add({"method": "yarn", "name": "a"})
     assert not list(temporary.iterdir()), "it is on the screen"
     assert fail(Stopped(signal.SIGINT), None) == 130
     assert not list(temporary.iterdir()), "nothing was answered"

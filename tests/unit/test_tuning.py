@@ -8,9 +8,10 @@ from rich.console import Console
 
 from vllm_selfextend.evaluation.loss import LossTask
 from vllm_selfextend.evaluation.prompts import Prompt
+from vllm_selfextend.evaluation.search import Numbers, Search
 from vllm_selfextend.evaluation.summary import group_sizes_of
 from vllm_selfextend.evaluation.tables import distance_from_auto, numbers_table
-from vllm_selfextend.evaluation.tuning import Numbers, Search, check_differs
+from vllm_selfextend.evaluation.tuning import check_differs
 from vllm_selfextend.evaluation.user_prompts import UserTask
 from vllm_selfextend.method.config import SelfExtendConfig
 from vllm_selfextend.method.positions import capacity, largest_auto_window

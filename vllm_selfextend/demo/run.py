@@ -1,5 +1,7 @@
 """The demo: how many passkeys the small model finds, unmodified and with Self-Extend, over the length of the text."""
 
+import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..evaluation.passkey import PasskeyTask
@@ -7,6 +9,7 @@ from . import MODEL_DIR
 
 if TYPE_CHECKING:
     from ..evaluation.comparison import Comparison
+    from ..evaluation.prompts import Prompt
 
 METHODS = ("unmodified", "self-extend")
 TASK = PasskeyTask(
@@ -30,4 +33,11 @@ def comparison() -> "Comparison":
     checkpoint = read_checkpoint(model, max(TASK.lengths), {}, ENGINE_ARGS)
     # Its chat template only joins messages.
     encode, _, _ = prompt_encoder(model, ENGINE_ARGS, chat=False)
-    return Comparison(checkpoint, METHODS, [(TASK, list(TASK.prompts(encode)))], {}, ENGINE_ARGS)
+    asked = {"demo": dataclasses.asdict(TASK)}
+    return Comparison(checkpoint, METHODS, [(TASK, list(TASK.prompts(encode)))], {}, ENGINE_ARGS, asked)
+
+
+def example(prompts: "Iterable[Prompt]") -> "Prompt":
+    """One of the demo's prompts of the longest kind, with most keys, that asks for the one in the middle."""
+    wanted = {"length": max(TASK.lengths), "num_keys": max(TASK.key_counts), "depth": 0.5, "round": 0}
+    return next(prompt for prompt in prompts if prompt.cell == wanted)

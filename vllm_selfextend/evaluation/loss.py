@@ -59,6 +59,18 @@ class LossTask:
         return {"block_losses": [round(sum(block), 3) for block in blocks]}
 
 
+def loss_task(paths: Sequence[Path], length: int | None, max_model_len: int) -> LossTask:
+    """The task on texts of files, or on Python's own without one; all `max_model_len` tokens unless `length` says less.
+
+    Raises:
+        ValueError: `length` is more, or a text cannot be read.
+
+    """
+    if length is not None and length > max_model_len:
+        raise ValueError(f"--loss-length {length} is more than --max-model-len {max_model_len}.")
+    return LossTask(read_texts(paths) if paths else standard_library_texts(), length or max_model_len)
+
+
 def mean_losses(block_losses: Sequence[float], num_tokens: int) -> Iterator[tuple[int, int, float]]:
     """Each block's first position, the one behind its last, and its mean loss per token.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..method.plan import CONFIG_KEY
 from ..method.rope import rope_parameters
-from ..vllm.report import PlanReport, plan_report, read_config
+from ..vllm.report import PlanReport, plan_report_and_config
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Checkpoint:
 def read_checkpoint(
     model: str, max_model_len: int, settings: dict[str, Any], engine_args: dict[str, Any]
 ) -> Checkpoint:
-    """Read a checkpoint's config.
+    """Read a checkpoint's config, once.
 
     Args:
         model: A checkpoint's folder or its name on the Hugging Face hub.
@@ -69,13 +69,12 @@ def read_checkpoint(
         OSError: There is no such model.
 
     """
-    report = plan_report(model, max_model_len, settings, engine_args)
+    report, model_config = plan_report_and_config(model, max_model_len, settings, engine_args)
     if max_model_len <= report.trained_length:
         raise ValueError(
             f"{model} was trained for {report.trained_length} tokens, and {max_model_len} are within them: there is "
             "nothing to extend. Ask for more tokens."
         )
-    model_config, _ = read_config(model, max_model_len, engine_args)
     is_part = model_config.hf_config is not model_config.hf_text_config
     rope = list(rope_parameters(model_config.hf_text_config))
     return Checkpoint(report, rope, is_part, model_config.get_hidden_size())

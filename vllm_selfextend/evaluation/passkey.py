@@ -7,7 +7,7 @@ import bisect
 import itertools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,6 +94,22 @@ class PasskeyTask:
         """Found if the first number in the answer begins with the key: a small model may repeat the last digit."""
         answer = output.outputs[0].text
         return {"expected": prompt.expected, "answer": answer, "found": first_digits(answer) == prompt.expected}
+
+
+def passkey_task(
+    lengths: Sequence[int], depths: int, keys: int, rounds: int, seed: int, *, uses_chat: bool
+) -> PasskeyTask:
+    """The task at `depths` depths, those in the middle of as many equal parts of a text."""
+    places = tuple((place + 0.5) / depths for place in range(depths))
+    return PasskeyTask(tuple(lengths), places, (keys,), rounds, ASKED if uses_chat else COMPLETED, seed)
+
+
+def doubling_lengths(first: int, last: int) -> list[int]:
+    """From `last` halved down to `first` tokens or a little more, and not below 64; the shortest first."""
+    lengths = [last]
+    while lengths[-1] // 2 >= max(first, 64):
+        lengths.append(lengths[-1] // 2)
+    return lengths[::-1]
 
 
 def make_text(

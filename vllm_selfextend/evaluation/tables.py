@@ -11,8 +11,9 @@ from ..method.positions import GroupSize
 from .intervals import Estimate, mean
 from .methods import METHODS
 from .prompts import Row
+from .search import Search
 from .summary import block_losses, column, loss_ranges, passkey_share
-from .tuning import Search, measure
+from .tuning import measure
 
 Column = TypeVar("Column")
 

@@ -1,107 +1,134 @@
 """`tune`: the group size and neighbor window that a model reads best with, found by trying them in one engine."""
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..method.positions import GroupSize, capacity, largest_auto_window, smallest_group_size
-from .engine import ask
-from .intervals import LEVEL, Estimate, difference
-from .loss import BLOCK, mean_losses
+from ..method.config import SelfExtendConfig
+from ..method.plan import CONFIG_KEY
+from ..method.positions import smallest_group_size
+from .engine import ask, prompt_encoder, running
+from .loss import BLOCK, loss_task, mean_losses
+from .methods import Checkpoint, read_checkpoint
+from .passkey import passkey_task
 from .prompts import Prompt, Row, Task
 from .records import write_json
+from .run_folder import RunFolder
+from .screen import Stopped, trying
+from .search import Numbers, Search
+from .user_prompts import UserTask, read_prompts
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-Numbers = tuple[GroupSize, int]
-"""Group size and neighbor window."""
 
-
-WINDOW_SHARES = (1 / 16, 1 / 4, 1 / 2)
-"""Of the trained length: the windows of the coarse grid."""
-GROUP_FACTORS = (1.0, 1.5, 2.5)
-"""Times the smallest group size that reaches: those of the coarse grid."""
-WINDOW_STEP, GROUP_STEP = math.sqrt(2), 1.2
-"""How far the neighbors of a cell are in the fine search."""
-
-
-@dataclass
-class Search:
-    """A search over both numbers, coarse to fine. What cannot reach `max_model_len` is never tried.
+@dataclass(frozen=True)
+class Tuning:
+    """What the numbers are tried on.
 
     Attributes:
-        trained_length: `L`, tokens.
-        max_model_len: `N`, tokens.
-        auto: The numbers that are taken without a choice; tried first.
-        costs: Of every cell tried: a value per prompt (0 found, 1 not found) or per block of text (mean loss per token
-            past the trained length). Lower is better.
+        checkpoint: What is served, and how many tokens its server is sized for.
+        task: What is gone by.
+        prompts: Of the task.
+        settings: Self-Extend's at the start, as in `additional_config["self_extend"]`.
+        engine_args: Other arguments of vLLM's.
+        search: Over the numbers; has what was tried once it has run.
 
     """
 
-    trained_length: int
-    max_model_len: int
-    auto: Numbers
-    costs: dict[Numbers, list[float]] = field(default_factory=dict)
-
-    def run(self, costs_of: Callable[[Numbers], list[float]], seconds: float) -> None:
-        """Try cells until the best one's neighbors are tried, or until another cell would take longer than is left."""
-        begin = time.monotonic()
-        longest = 0.0
-        while (numbers := self._next()) is not None:
-            started = time.monotonic()
-            if self.costs and started - begin + longest > seconds:
-                return
-            self.costs[numbers] = costs_of(numbers)
-            longest = max(longest, time.monotonic() - started)
+    checkpoint: Checkpoint
+    task: Task
+    prompts: Sequence[Prompt]
+    settings: dict[str, Any]
+    engine_args: dict[str, Any]
+    search: Search
 
     @property
-    def best(self) -> Numbers:
-        """The cell with the lowest mean; the default among equals."""
+    def best_settings(self) -> dict[str, Any]:
+        """Self-Extend's settings with the best numbers."""
+        group_size, window = self.search.best
+        return {**self.settings, "group_size": group_size, "neighbor_window": window}
 
-        def order(numbers: Numbers) -> tuple[float, bool, str]:
-            return fmean(self.costs[numbers]), numbers != self.auto, str(numbers)
+    def run(self, folder: RunFolder, seconds: float) -> list[Path]:
+        """Try numbers for so long, the engine's start not counted, and write what they cost to the folder.
 
-        return min(self.costs, key=order)
+        Whoever stops it gets what was tried by then.
 
-    def auto_above_best(self) -> Estimate:
-        """How much more the default costs than the best cell, pair by pair.
+        Returns:
+            The files that were written.
 
-        The best of many is in part the luckiest, so the interval is one that all cells keep to (Bonferroni).
+        Raises:
+            ValueError: Self-Extend cannot serve the checkpoint.
+            Stopped: A signal came before anything was tried.
+
         """
-        others = max(1, len(self.costs) - 1)
-        return difference(self.costs[self.auto], self.costs[self.best], level=1 - (1 - LEVEL) / others)
+        search = self.search
+        with (
+            running("self-extend", self.checkpoint, self.settings, self.engine_args) as llm,
+            trying(folder.stderr, seconds) as show,
+        ):
 
-    def _next(self) -> Numbers | None:
-        candidates = [self.auto, *self._coarse(), *(self._around(self.best) if self.costs else ())]
-        return next((numbers for numbers in candidates if numbers not in self.costs and self._reaches(*numbers)), None)
+            def costs_of(numbers: Numbers) -> list[float]:
+                show(f"{len(search.costs)} tried, now G {numbers[0]}, W {numbers[1]}")
+                return try_numbers(llm, numbers, self.task, self.prompts, search.trained_length)
 
-    def _coarse(self) -> Iterator[Numbers]:
-        windows = sorted({*(max(1, round(self.trained_length * share)) for share in WINDOW_SHARES), self.auto[1]})
-        for factor, window in product(GROUP_FACTORS, windows):
-            least = smallest_group_size(self.trained_length, window, self.max_model_len)
-            if least is not None:
-                yield round(least * factor), window
+            try:
+                search.run(costs_of, seconds)
+            except Stopped:
+                if not search.costs:
+                    raise
+        return write_search(search, self.task.scores_prompt, folder.path)
 
-    def _around(self, numbers: Numbers) -> Iterator[Numbers]:
-        group_size, window = numbers
-        groups: list[GroupSize] = [group_size]
-        if group_size != "auto":
-            groups.append(min(group_size - 1, round(group_size / GROUP_STEP)))
-            groups.append(max(group_size + 1, round(group_size * GROUP_STEP)))
-        yield from product(groups, (round(window * s) for s in (1 / WINDOW_STEP, 1, WINDOW_STEP)))
 
-    def _reaches(self, group_size: GroupSize, window: int) -> bool:
-        if group_size == "auto":
-            return 1 <= window <= largest_auto_window(self.trained_length)
-        # Not every group size above one that reaches does: W // G falls in steps.
-        is_allowed = group_size >= 2 and 1 <= window <= self.trained_length
-        return is_allowed and capacity(self.trained_length, group_size, window) >= self.max_model_len
+def tuning_from_options(
+    model: str,
+    max_model_len: int,
+    settings: dict[str, Any],
+    engine_args: dict[str, Any],
+    *,
+    task: str,
+    prompts: Path | None,
+    depths: int,
+    rounds: int,
+    seed: int,
+    texts: Sequence[Path],
+    chat: bool | None,
+    exact_short: bool,
+) -> Tuning:
+    """What `tune` does, from its options (see there); `settings` are all of Self-Extend's but `exact_short`.
+
+    Raises:
+        ValueError: The options do not go together, or with the checkpoint; a file cannot be read; or no numbers would
+            change an answer (see `check_differs`).
+        OSError: There is no such model.
+
+    """
+    engine_args = {**engine_args, "enforce_eager": True}
+    checkpoint = read_checkpoint(model, max_model_len, settings, engine_args)
+    report = checkpoint.report
+    auto: Numbers = report.group_size, report.neighbor_window
+    if not exact_short:  # where no group size is automatic, the least that reaches is tried first
+        least = smallest_group_size(report.trained_length, report.neighbor_window, max_model_len)
+        settings = {**settings, "exact_short": False, "group_size": least}
+        config = SelfExtendConfig.from_additional_config({CONFIG_KEY: settings})
+        plan = config.plan(report.trained_length, max_model_len)
+        auto = plan.group_size, plan.neighbor_window
+    encode_chat, encode, uses_chat = prompt_encoder(model, engine_args, chat=chat)
+    asked: Task
+    if prompts is not None or task == "prompts":
+        if prompts is None:
+            raise ValueError("--task prompts needs a file of them: --prompts FILE.jsonl.")
+        asked = UserTask(read_prompts(prompts), max_model_len)
+    elif task == "loss":
+        asked = loss_task(texts, None, max_model_len)
+    else:
+        asked = passkey_task((max_model_len,), depths, 1, rounds, seed, uses_chat=uses_chat)
+    put = list(asked.prompts(encode if asked.scores_prompt else encode_chat))
+    check_differs(asked, put, report.trained_length, exact_short)
+    search = Search(report.trained_length, max_model_len, auto)
+    return Tuning(checkpoint, asked, put, settings, engine_args, search)
 
 
 def check_differs(task: Task, prompts: Sequence[Prompt], trained_length: int, exact_short: bool) -> None:

@@ -78,13 +78,19 @@ def plan_report(
         OSError: There is no such model.
 
     """
+    return plan_report_and_config(model, max_model_len, settings, engine_args or {})[0]
+
+
+def plan_report_and_config(
+    model: str, max_model_len: int, settings: dict[str, Any], engine_args: dict[str, Any]
+) -> tuple[PlanReport, ModelConfig]:
+    """As `plan_report`, with vLLM's config of the model, so that nobody has to read it again."""
     if problem := kept_out() or incompatibility():
         raise ValueError(problem)
     config = SelfExtendConfig.from_additional_config({CONFIG_KEY: settings})
-    engine_args = engine_args or {}
     if taken := [name for name in OWN_ARGUMENTS if name in engine_args]:
         raise ValueError(f"The engine's arguments cannot set {taken[0]!r}: the other options decide it.")
-    model_config, derived_length = read_config(model, max_model_len, engine_args)
+    model_config, derived_length = _read_config(model, max_model_len, engine_args)
     plan = config.plan(derived_length, max_model_len)
     why_not, size = None, None
     # A laptop without a GPU, on which vLLM for GPUs is installed, has no device of vLLM's.
@@ -101,7 +107,7 @@ def plan_report(
                 why_not = "vLLM's code for it ends the process that makes the model, without a word."
             except ValueError as error:
                 why_not = str(error).removeprefix(f"Self-Extend cannot serve {model}: ")
-    return PlanReport(
+    report = PlanReport(
         model=model,
         supported=why_not is None,
         why_not=why_not,
@@ -114,6 +120,7 @@ def plan_report(
         kv_bytes_per_token=None if size is None else size.per_token,
         kv_bytes_per_sequence=None if size is None else size.per_sequence,
     )
+    return report, model_config
 
 
 def _lengths(plan: ExtensionPlan) -> list[int]:
@@ -145,7 +152,7 @@ def _start_up(arguments: dict[str, Any], settings: dict[str, Any], plan: Extensi
         raise ValueError(str(error)) from error
 
 
-def read_config(model: str, max_model_len: int, engine_args: dict[str, Any]) -> tuple[ModelConfig, int]:
+def _read_config(model: str, max_model_len: int, engine_args: dict[str, Any]) -> tuple[ModelConfig, int]:
     """VLLM's config of a model that is to read `max_model_len` tokens, and the length that vLLM derives for it.
 
     Raises:
