@@ -10,7 +10,7 @@ import triton.language as tl
 from .arithmetic import LOG2_E, log_factor, multiply, tanh, weigh
 from .fp8 import load
 from .merge import merge_all
-from .turning import lag, load_cos_sin, load_pairs, load_turned, turn
+from .turning import lag, load_turned, load_turned_queries
 
 
 @triton.jit
@@ -31,6 +31,34 @@ def find_split_len(num_keys, num_splits, wanted_splits, NEAR_N: tl.constexpr, LO
     tiles = tl.cdiv(num_keys, NEAR_N)
     length = tl.minimum(tl.cdiv(tiles, wanted_splits), LONGEST_SPLIT // NEAR_N)
     return tl.maximum(length, tl.cdiv(tiles, num_splits)) * NEAR_N
+
+
+@triton.jit
+def find_tiles(
+    begin,
+    end,
+    first_position,
+    last_position,
+    biggest,
+    GROUPED: tl.constexpr,
+    NEIGHBOR_WINDOW: tl.constexpr,
+    FAR_N: tl.constexpr,
+    NEAR_N: tl.constexpr,
+):
+    """Where kinds of tiles end among the keys `begin` to `end`, for queries at positions from a first to a last one.
+
+    Up to the first end lie whole tiles of every row's grouped keys; from the second on neighbors of every row, up to
+    the third in whole tiles that every row sees. `biggest` is the largest group size of the rows, in eighths.
+    """
+    far_end = begin
+    near_begin = begin
+    if GROUPED:
+        far_end = tl.maximum(first_position - NEIGHBOR_WINDOW + 1, 0) // FAR_N * FAR_N
+        near_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), FAR_N) * FAR_N
+        near_begin = tl.where(biggest == 8, begin, tl.minimum(tl.maximum(near_begin, begin), end))
+        far_end = tl.minimum(tl.maximum(far_end, begin), near_begin)
+    near_end = near_begin + tl.maximum(tl.minimum(first_position + 1, end) - near_begin, 0) // NEAR_N * NEAR_N
+    return far_end, near_begin, near_end
 
 
 @triton.jit(
@@ -95,7 +123,6 @@ def decode_kernel(
     `decode_len` new tokens are left alone. Arguments up to `table_stride` are the step's, the others the layer's.
     """
     DTYPE: tl.constexpr = query.dtype.element_ty
-    EIGHTHS: tl.constexpr = 8
     GROUPED: tl.constexpr = group_sizes is not None
     kv_head = tl.program_id(1)
     blocks = tl.cdiv(decode_len, TOKENS)
@@ -130,37 +157,27 @@ def decode_kernel(
         if not HAS_SOFT_CAP:
             row_scale *= LOG2_E
 
-        # Up to `far_end` lie whole tiles of every row's grouped keys; from `near_begin` on, neighbors of every row, up
-        # to `near_end` in whole tiles that every row sees.
-        smallest = tl.full([], EIGHTHS, tl.int32)
+        smallest = tl.full([], 8, tl.int32)
         biggest = smallest
-        near_begin = begin
         if GROUPED:
             smallest = tl.load(group_sizes + first_position)
             biggest = tl.load(group_sizes + last_position)
-            far_end = tl.maximum(first_position - NEIGHBOR_WINDOW + 1, 0) // FAR_N * FAR_N
-            near_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), FAR_N) * FAR_N
-            near_begin = tl.where(biggest == EIGHTHS, begin, tl.minimum(tl.maximum(near_begin, begin), end))
-            far_end = tl.minimum(tl.maximum(far_end, begin), near_begin)
-        near_end = near_begin + tl.maximum(tl.minimum(first_position + 1, end) - near_begin, 0) // NEAR_N * NEAR_N
+        far_end, near_begin, near_end = find_tiles(
+            begin, end, first_position, last_position, biggest, GROUPED, NEIGHBOR_WINDOW, FAR_N, NEAR_N
+        )
 
         dims = tl.arange(0, HEAD_SIZE_PADDED)[None, :]
         dim_mask = dims < HEAD_SIZE
         from_query = query + (token * query_token_stride + head * query_head_stride)
         if GROUPED:
-            pairs = tl.arange(0, HALF_PADDED)[None, :]
-            pair_mask = pairs < ROTARY_DIM // 2
             rests = tl.arange(0, REST_PADDED)[None, :] + ROTARY_DIM
             rest_mask = rests < HEAD_SIZE
             # Of group size 1 nothing is turned.
             eighths = tl.load(group_sizes + position, mask=row_mask, other=biggest)
             steps = lag(NEIGHBOR_WINDOW, eighths) - lag(position, eighths)
-            cosine, sine = load_cos_sin(cos_sin, tl.abs(steps), row_mask[:, None] & pair_mask, pairs, ROTARY_DIM)
-            sine = tl.where(steps < 0, -1.0, 1.0)[:, None] * sine
-            far_first, far_second = load_pairs(
-                from_query, row_mask, query_dim_stride, True, ROTARY_DIM, HALF_PADDED, INTERLEAVED, DTYPE, False, False
+            far_first, far_second = load_turned_queries(
+                from_query, row_mask, query_dim_stride, steps, cos_sin, ROTARY_DIM, HALF_PADDED, INTERLEAVED, DTYPE
             )
-            far_first, far_second = turn(far_first, far_second, cosine, sine, DTYPE)
             if ROTARY_DIM < HEAD_SIZE:
                 from_rest = from_query[:, None] + rests * query_dim_stride
                 far_rest = tl.load(from_rest, mask=row_mask[:, None] & rest_mask, other=0.0)

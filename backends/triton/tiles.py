@@ -109,9 +109,10 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
         return Tiles(rows, far_keys=far_keys, near_keys=2 * far_keys, far_stages=2, near_stages=2, num_warps=num_warps)
     if head_size <= 128:
         num_warps = 8 if rows > 32 else 4
-        # All registers that there are: told nothing, some versions of the compiler spill to fit a third program.
+        # Told nothing, some versions of the compiler spill in loops of larger heads to fit a third program.
+        most = None if head_size <= 64 else 255
         return Tiles(
-            rows, far_keys=32, near_keys=64, far_stages=5, near_stages=5, num_warps=num_warps, most_registers=255
+            rows, far_keys=32, near_keys=64, far_stages=5, near_stages=5, num_warps=num_warps, most_registers=most
         )
     far_stages = 1 if is_fp8 and device.is_cuda(100) else 3
     return Tiles(rows, far_keys=16, near_keys=32, far_stages=far_stages, near_stages=3, num_warps=8)

@@ -67,6 +67,29 @@ def store_pairs(rows, first, second, pairs, mask, ROTARY_DIM: tl.constexpr, INTE
 
 
 @triton.jit
+def load_turned_queries(
+    rows,
+    row_mask,
+    dim_stride,
+    steps,
+    cos_sin,
+    ROTARY_DIM: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The pairs of the queries at `rows`, each turned by its `steps`, of either sign."""
+    pairs = tl.arange(0, HALF_PADDED)[None, :]
+    mask = row_mask[:, None] & (pairs < ROTARY_DIM // 2)
+    cosine, sine = load_cos_sin(cos_sin, tl.abs(steps), mask, pairs, ROTARY_DIM)
+    sine = tl.where(steps < 0, -1.0, 1.0)[:, None] * sine
+    first, second = load_pairs(
+        rows, row_mask, dim_stride, True, ROTARY_DIM, HALF_PADDED, INTERLEAVED, DTYPE, False, False
+    )
+    return turn(first, second, cosine, sine, DTYPE)
+
+
+@triton.jit
 def load_turned(
     slot,
     first_key,
