@@ -43,12 +43,12 @@ from vllm import LLM
 from vllm.model_executor.models import registry
 
 import vllm_selfextend
-from tests.engine import oracle
 from tests.engine.architectures import ARCHITECTURES, BY_TITLE, Architecture
-from tests.engine.cache import cache_bytes
-from tests.engine.comparison import NEW_TOKENS, TOLERANCE, Generated, compare, generate, prompts
-from tests.engine.conftest import ENGINE_DEFAULTS
-from tests.engine.models import TRAINED_LENGTH, random_prompts
+from tests.support import oracle
+from tests.support.cache import cache_bytes
+from tests.support.comparison import NEW_TOKENS, TOLERANCE, Generated, compare, generate, prompts
+from tests.support.engine_defaults import ENGINE_DEFAULTS
+from tests.support.models import TRAINED_LENGTH, random_prompts
 from vllm_selfextend.method.positions import GroupSize
 from vllm_selfextend.vllm.report import plan_report
 

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoConfig
 
 import vllm_selfextend.transformers as SelfExtend  # noqa: N812  # the authors' name
-from tests.engine import oracle
 from tests.engine.architectures import BY_TITLE
-from tests.engine.comparison import NEW_TOKENS, Generated
-from tests.engine.models import SHAPE, TRAINED_LENGTH
+from tests.support import oracle
+from tests.support.comparison import NEW_TOKENS, Generated
+from tests.support.models import SHAPE, TRAINED_LENGTH
 from vllm_selfextend.method.positions import GroupSize
 
 PAD = SHAPE["pad_token_id"]

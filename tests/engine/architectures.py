@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from .models import CONFIGS, EXPERT_BIASES, SHAPE, random_model, save_tokenizer
+from tests.support.models import CONFIGS, EXPERT_BIASES, SHAPE, random_model, save_tokenizer
 
 WIDE: dict[str, Any] = {**SHAPE, "hidden_size": 128}
 """Heads of 32 dimensions also where these are the hidden size's share."""

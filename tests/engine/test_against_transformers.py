@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from vllm import SamplingParams
 
+from tests.support.comparison import check, prompts
+from tests.support.models import TRAINED_LENGTH, random_prompts
+from tests.support.oracle import SelfExtend
+
 from .architectures import BY_TITLE
-from .comparison import check, prompts
-from .models import TRAINED_LENGTH, random_prompts
-from .oracle import SelfExtend
 
 # Automatic group sizes, and numbers that divide the window and that do not; capacities (64 - W + W // G) * G.
 AUTOMATIC, DIVIDES, ODD = ("auto", 18, 245), (4, 16, 208), (5, 18, 245)

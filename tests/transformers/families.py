@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from tests.engine.architectures import BY_TITLE
-from tests.engine.models import CONFIGS, SHAPE
+from tests.support.models import CONFIGS, SHAPE
 
 NO_HEAD_DIM: dict[str, Any] = {
     **{name: value for name, value in SHAPE.items() if name != "head_dim"},
