@@ -18,7 +18,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from tests.engine.architectures import BY_TITLE
+from benchmarks.model_proof.architectures import BY_TITLE
 from tests.support.models import CONFIGS, SHAPE
 
 NO_HEAD_DIM: dict[str, Any] = {
