@@ -43,7 +43,7 @@ evaluate: install
 	@$(BIN)/python -m benchmarks.real_model
 
 models: install
-	@$(BIN)/python -m benchmarks.model_matrix --docs
+	@$(BIN)/python -m benchmarks.model_proof --docs
 
 check: lint
 	$(BIN)/pytest -q tests/unit

@@ -31,7 +31,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import machine
-from tests.engine.servers import NAME, serve
+from tests.support.servers import NAME, serve
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.passkey import COMPLETED, make_text
 

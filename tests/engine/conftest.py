@@ -25,18 +25,9 @@ from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.models.transformers.base import Base
 
-from .models import save_random_model
-from .oracle import next_token_logprobs
-
-ENGINE_DEFAULTS: dict[str, Any] = {
-    "skip_tokenizer_init": True,
-    "enforce_eager": True,
-    "dtype": "float32",
-    "block_size": 32,
-    "max_num_seqs": 16,
-    "kv_cache_memory_bytes": 64 << 20,
-    "disable_log_stats": False,
-}
+from tests.support.engine_defaults import ENGINE_DEFAULTS
+from tests.support.models import save_random_model
+from tests.support.oracle import next_token_logprobs
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from .models import TRAINED_LENGTH, VOCAB_SIZE
+from tests.support.models import TRAINED_LENGTH, VOCAB_SIZE
 
 HIDDEN, HALF = 128, 64
 HEADS, KV_HEADS, HEAD_SIZE, INNER = 4, 2, 32, 32

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from vllm import SamplingParams
 
-from .architectures import BY_TITLE
-from .comparison import check, prompts
-from .models import TRAINED_LENGTH, random_prompts
-from .oracle import SelfExtend
+from benchmarks.model_proof.architectures import BY_TITLE
+from tests.support.comparison import check, prompts
+from tests.support.models import TRAINED_LENGTH, random_prompts
+from tests.support.oracle import SelfExtend
 
 # Automatic group sizes, and numbers that divide the window and that do not; capacities (64 - W + W // G) * G.
 AUTOMATIC, DIVIDES, ODD = ("auto", 18, 245), (4, 16, 208), (5, 18, 245)
@@ -40,7 +40,7 @@ CUT = {
     "Lfm2MoeForCausalLM": "short convolutions",
     "Qwen2VLForConditionalGeneration": "three position axes, texts alone",
 }
-"""Of `architectures.py`, with what each has that those before it do not. `make models` runs all of them."""
+"""Of the model proof's table, with what each has that those before it do not. `make models` runs all of them."""
 
 
 @pytest.mark.parametrize("title", CUT)

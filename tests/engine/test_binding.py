@@ -11,10 +11,9 @@ import torch
 from vllm import SamplingParams
 from vllm.model_executor.layers.attention import Attention
 
+from tests.support.models import random_prompts
 from vllm_selfextend.method.positions import group_sizes
 from vllm_selfextend.vllm import binding
-
-from .models import random_prompts
 
 
 def short_draft(checkpoint: Callable, folder: Path) -> str:

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.model_proof.architectures import BY_TITLE
+from tests.support.cache import cache_bytes
+from tests.support.engine_defaults import ENGINE_DEFAULTS
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.vllm.report import plan_report
-
-from .architectures import BY_TITLE
-from .cache import cache_bytes
-from .conftest import ENGINE_DEFAULTS
 
 
 @pytest.mark.parametrize(

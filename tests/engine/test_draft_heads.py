@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from vllm import LLM
 
+from tests.support.models import random_prompts
+
 from .draft_heads import save_model_and_heads
-from .models import random_prompts
 from .test_same_tokens import SETTINGS, Answers, answers, check, counter
 
 # Without its first token a shorter text is another.

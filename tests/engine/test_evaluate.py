@@ -15,11 +15,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.support.oracle import SelfExtend
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.passkey import COMPLETED
 from vllm_selfextend.evaluation.summary import block_losses
-
-from .oracle import SelfExtend
 
 METHODS = ("unmodified", "self-extend")
 PASSKEYS, TEXTS = 2 * 3, 2

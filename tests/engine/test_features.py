@@ -16,22 +16,14 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
-from tests.kernels.cases import TOLERANCE
+from tests.support.cases import TOLERANCE
+from tests.support.models import DIGITS, TRAINED_LENGTH, VOCAB_SIZE, random_prompts, save_tokenizer
+from tests.support.oracle import SelfExtend, hidden_states
+from tests.support.passkeys import make_prompt
 from vllm_selfextend.backends import reference
 from vllm_selfextend.demo import MODEL_DIR
 
-from .models import (
-    DIGITS,
-    TRAINED_LENGTH,
-    VOCAB_SIZE,
-    random_prompts,
-    save_in_int8,
-    save_merged,
-    save_random_adapter,
-    save_tokenizer,
-)
-from .oracle import SelfExtend, hidden_states
-from .passkeys import make_prompt
+from .changed_models import save_in_int8, save_merged, save_random_adapter
 
 NEW_TOKENS = 8
 LENGTHS = (5, 63, 65, 200, 700)  # within the trained length of 64, around it, and up to 11 times as long

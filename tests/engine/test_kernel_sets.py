@@ -9,11 +9,10 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from tests.support.models import random_prompts
+from tests.support.passkeys import make_prompt
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.vllm.attention import SelfExtendMetadataBuilder
-
-from .models import random_prompts
-from .passkeys import make_prompt
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
 

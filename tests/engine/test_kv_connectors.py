@@ -16,12 +16,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_offload.file_mapper import FileMapper
 
+from tests.support.models import random_prompts
 from vllm_selfextend.method.positions import GroupSize
 from vllm_selfextend.vllm import kv_connectors
 from vllm_selfextend.vllm.binding import change_numbers
 from vllm_selfextend.vllm.kv_connectors import cache_layout, with_layout
-
-from .models import random_prompts
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, detokenize=False)
 (PROMPT,) = random_prompts([200], seed=8)

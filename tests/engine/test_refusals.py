@@ -21,13 +21,12 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 import vllm_selfextend.backends as backends
+from tests.support.models import SHAPE, SLIDING
 from vllm_selfextend.method.plan import read_plan
 from vllm_selfextend.method.rope import inverse_frequencies
 from vllm_selfextend.vllm import engine_args, plugin, rotary_modules, support
 from vllm_selfextend.vllm.report import plan_report
 from vllm_selfextend.vllm.support import unsupported_reason
-
-from .models import SHAPE, SLIDING
 
 LLAMA = {**SHAPE, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float32"}
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import pytest
 from vllm import SamplingParams
 
+from tests.support.models import TRAINED_LENGTH, random_prompts
 from vllm_selfextend.method.positions import GroupSize
-
-from .models import TRAINED_LENGTH, random_prompts
 
 NEW_TOKENS = 6
 LENGTHS = (11, 60, 170)
@@ -21,7 +20,7 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM
 import vllm_selfextend.transformers as SelfExtend
-from tests.transformers.prompts import greedy
+from tests.support.batches import greedy
 path, prompts, numbers = json.loads(sys.stdin.read())
 model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 model.generation_config.eos_token_id = None

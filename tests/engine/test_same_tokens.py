@@ -6,9 +6,8 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
+from tests.support.models import TRAINED_LENGTH, VOCAB_SIZE, random_prompts
 from vllm_selfextend.method.plan import read_plan
-
-from .models import TRAINED_LENGTH, VOCAB_SIZE, random_prompts
 
 NEW_TOKENS = 12
 LENGTHS = (1, 15, 16, 17, 40, 63, 64, 65, 100, 127, 128, 129, 200, 513, 700, 1000)

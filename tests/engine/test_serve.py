@@ -9,11 +9,11 @@ import openai
 import psutil
 import pytest
 
+from tests.support.passkeys import SENTENCE, Passkey, make_prompt
+from tests.support.servers import Server, serve
 from vllm_selfextend.demo import MODEL_DIR
 
 from .commands import run
-from .passkeys import SENTENCE, Passkey, make_prompt
-from .servers import Server, serve
 
 MAX_MODEL_LEN = 4096
 PROMPT_TOKENS = 3000

@@ -17,12 +17,12 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.passkeys import Passkey, make_prompt
+from tests.support.servers import NAME, Server, serve
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.passkey import CITIES
 
-from .models import save_changed
-from .passkeys import Passkey, make_prompt
-from .servers import NAME, Server, serve
+from .changed_models import save_changed
 
 MAX_MODEL_LEN = 4096
 PROMPT_TOKENS = 3000

@@ -10,11 +10,10 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
+from tests.support.comparison import check
+from tests.support.models import TRAINED_LENGTH, VOCAB_SIZE, random_prompts
+from tests.support.oracle import SelfExtend
 from vllm_selfextend.method.plan import read_plan
-
-from .comparison import check
-from .models import TRAINED_LENGTH, VOCAB_SIZE, random_prompts
-from .oracle import SelfExtend
 
 NEW_TOKENS = 8
 LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 55, 56)

@@ -10,12 +10,11 @@ import pytest
 from vllm import SamplingParams
 from vllm.inputs import TokensPrompt
 
+from tests.support.passkeys import encode
 from vllm_selfextend.demo import MODEL_DIR
 from vllm_selfextend.evaluation.passkey import PasskeyTask
 from vllm_selfextend.method.plan import CONFIG_KEY
 from vllm_selfextend.method.positions import capacity
-
-from .passkeys import encode
 
 REACH = 1024
 

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from vllm import LLM
 
+from tests.support.models import random_prompts
+
 from . import v2_runner
+from .changed_models import save_random_adapter
 from .draft_heads import save_model_and_heads
-from .models import random_prompts, save_random_adapter
 
 NEW_TOKENS = 6
 LENGTHS = (5, 40, 65, 130)  # within the trained length of 64, just past it, and far past it

@@ -143,7 +143,7 @@ def as_on_a_gpu(found: dict[str, Any]) -> Iterator[None]:
     from vllm.v1.worker.cpu.model_runner import CPUModelRunner
     from vllm.v1.worker.cpu_worker import CPUWorker
 
-    from tests.kernels.flash_stand_in import FlashStandIn
+    from tests.support.flash_stand_in import FlashStandIn
 
     flash: list[FlashStandIn] = []
     profile = CPUModelRunner.profile_run

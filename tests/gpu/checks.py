@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.kernels.cases import TOLERANCE, VLLM_BATCHES, VLLM_HEADS, VLLM_VARIANTS, Case, Problem, Step, run
+from tests.support.cases import TOLERANCE, VLLM_BATCHES, VLLM_HEADS, VLLM_VARIANTS, Case, Problem, Step, run
 from vllm_selfextend.backends import load_kernels, reference
 from vllm_selfextend.backends.interface import NO_HOST, AttentionBatch, Host, Kernels
 

@@ -16,9 +16,9 @@ from vllm import _custom_ops as ops
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from tests.support.cases import VLLM_BATCHES, VLLM_HEADS, VLLM_VARIANTS, Case, Problem, rotate, run
 from vllm_selfextend.backends import cpu, reference
 
-from .cases import VLLM_BATCHES, VLLM_HEADS, VLLM_VARIANTS, Case, Problem, rotate, run
 from .cpu_kernels import KERNELS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.cases import TOLERANCE, Case, Problem, Step, expected, run
 from vllm_selfextend.backends import cpu, reference
 from vllm_selfextend.backends.interface import AttentionBatch, AttentionParams, GroupSizes, Kernels, Rotation
 from vllm_selfextend.backends.limits import MAX_POSITIONS
 from vllm_selfextend.method.positions import largest_auto_window
 
-from .cases import TOLERANCE, Case, Problem, Step, expected, run
 from .cpu_kernels import KERNELS
 
 HEADS = [(4, 4), (8, 2), (9, 3), (4, 1)]

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.support.cases import TOLERANCE, Case, Problem, Step, expected, run
+from tests.support.flash_stand_in import FlashStandIn
 from vllm_selfextend.backends import reference, triton
 from vllm_selfextend.backends.interface import NO_HOST, AttentionBatch, AttentionParams, Host, Kernels
 from vllm_selfextend.backends.triton import decode_launches
@@ -18,8 +20,6 @@ from vllm_selfextend.backends.triton.launches import LayerKernel
 from vllm_selfextend.backends.triton.layer import TritonLayer
 from vllm_selfextend.backends.triton.tiles import Device, decode_tiles
 
-from .cases import TOLERANCE, Case, Problem, Step, expected, run
-from .flash_stand_in import FlashStandIn
 from .test_kernels import HEADS, SLID, VARIANTS, cases, check_changes_in_place, three_tokens
 
 # The lengths of `test_against_stock.py`, cut to what the interpreter can do.

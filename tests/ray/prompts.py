@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from ..engine.passkeys import make_prompt
+from tests.support.passkeys import make_prompt
 
 MAX_MODEL_LEN = 4096
 """The examples' default."""

@@ -15,9 +15,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.support.servers import serve
 from vllm_selfextend.demo import MODEL_DIR
 
-from ..engine.servers import serve
 from .programs import ROOT, environment, free_port, python, run, wait_until
 from .prompts import MAX_MODEL_LEN, PROMPTS
 

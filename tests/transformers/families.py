@@ -18,8 +18,8 @@ from transformers import (
     StableLmConfig,
 )
 
-from tests.engine.architectures import BY_TITLE
-from tests.engine.models import CONFIGS, SHAPE
+from benchmarks.model_proof.architectures import BY_TITLE
+from tests.support.models import CONFIGS, SHAPE
 
 NO_HEAD_DIM: dict[str, Any] = {
     **{name: value for name, value in SHAPE.items() if name != "head_dim"},

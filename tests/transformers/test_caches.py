@@ -10,10 +10,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, QuantizedLayer, StaticLayer
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import random_prompts
+from tests.support.batches import greedy
+from tests.support.models import random_prompts
 
 from .families import FAMILIES, random_model
-from .prompts import greedy
 
 PROMPTS = random_prompts([150, 61, 12], seed=7)
 NEW_TOKENS = 20

@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine import oracle
-from tests.engine.models import TRAINED_LENGTH, random_prompts
+from tests.support import oracle
+from tests.support.batches import greedy
+from tests.support.models import TRAINED_LENGTH, random_prompts
 from vllm_selfextend.method.positions import GroupSize
 
 from .families import FAMILIES
-from .prompts import greedy
 
 NEW_TOKENS = 6
 LENGTHS = (11, 60, 170)

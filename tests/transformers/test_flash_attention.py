@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, StaticCache
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import random_prompts
+from tests.support.batches import greedy, padded
+from tests.support.models import random_prompts
 from vllm_selfextend.backends import reference
 from vllm_selfextend.backends.interface import AttentionParams, GroupSizes, Rotation, num_rotation_steps
 from vllm_selfextend.method.rope import cos_sin
@@ -23,7 +24,6 @@ from vllm_selfextend.transformers.step import Step
 
 from .families import FAMILIES, random_model
 from .flash_stand_in import varlen_func
-from .prompts import greedy, padded
 
 NUMBERS = {"divides": (4, 16, False), "odd": (5, 18, True), "auto": ("auto", 16, True)}
 PROMPTS = random_prompts([150, 61, 12], seed=7)

@@ -7,10 +7,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import random_prompts
+from tests.support.batches import greedy, padded
+from tests.support.models import random_prompts
 
 from .families import FAMILIES, random_model
-from .prompts import greedy, padded
 
 NUMBERS: dict[str, tuple[int, ...]] = {"G 4": (4, 16), "auto": ()}
 PROMPTS = random_prompts([150, 61, 12], seed=7)

@@ -14,10 +14,10 @@ import torch
 from transformers import DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import SHAPE, random_prompts
+from tests.support.batches import greedy, padded
+from tests.support.models import SHAPE, random_prompts
 
 from .families import FAMILIES, gptj, random_model
-from .prompts import greedy, padded
 
 TEXT = torch.tensor(random_prompts([150], seed=2))
 
@@ -235,7 +235,7 @@ def test_another_process_without_vllm(model: PreTrainedModel, tmp_path: Path) ->
     script = """
 import pathlib, pickle, sys
 sys.modules["vllm"] = None  # an import would raise
-from tests.transformers.prompts import greedy
+from tests.support.batches import greedy
 model = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())
 prompts = [list(range(5, 120))]
 answer = greedy(model, prompts, 4)[0]

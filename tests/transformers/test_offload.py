@@ -9,12 +9,12 @@ from accelerate import cpu_offload
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import SHAPE, random_prompts
+from tests.support.batches import greedy
+from tests.support.models import SHAPE, random_prompts
 from vllm_selfextend.transformers import extension
 from vllm_selfextend.transformers.flash_attention import FlashAttention
 
 from .flash_stand_in import varlen_func
-from .prompts import greedy
 
 PROMPTS = random_prompts([150, 12], seed=2)
 CPU = torch.device("cpu")

@@ -7,13 +7,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import random_prompts
+from tests.support.batches import padded
+from tests.support.models import random_prompts
 from vllm_selfextend.transformers import extension
 from vllm_selfextend.transformers.flash_attention import FlashAttention
 
 from .families import FAMILIES, random_model
 from .flash_stand_in import varlen_func
-from .prompts import padded
 
 TEXT = torch.tensor(random_prompts([150], seed=2))
 

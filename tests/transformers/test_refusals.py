@@ -20,12 +20,12 @@ from transformers import (
 )
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import CONFIGS, SHAPE, random_prompts
+from tests.support.batches import PAD
+from tests.support.models import CONFIGS, SHAPE, random_prompts
 from vllm_selfextend.transformers.extension import checkpoint_length
 from vllm_selfextend.transformers.layer import extended_layer
 
 from .families import FAMILIES, random_model
-from .prompts import PAD
 
 
 def rope(**parameters: Any) -> dict[str, Any]:

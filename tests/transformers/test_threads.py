@@ -11,13 +11,13 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import vllm_selfextend.transformers as SelfExtend
-from tests.engine.models import random_prompts
+from tests.support.batches import padded
+from tests.support.models import random_prompts
 from vllm_selfextend.transformers import extension
 from vllm_selfextend.transformers.flash_attention import FlashAttention
 
 from .families import FAMILIES, random_model
 from .flash_stand_in import varlen_func
-from .prompts import padded
 
 TEXTS = [torch.tensor([text]) for text in random_prompts([150, 20, 90, 64, 7, 201], seed=6)]
 

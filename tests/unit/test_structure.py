@@ -119,6 +119,14 @@ def test_kernels_and_their_benchmarks_run_without_vllm() -> None:
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=ROOT, env=environment, check=True)
 
 
+def test_a_folder_of_tests_borrows_from_no_other() -> None:
+    """What two share is in `tests.support`."""
+    for name in FILES:
+        if name.startswith("tests."):
+            folders = {imported.split(".")[1] for imported in imports(name) if imported.startswith("tests.")}
+            assert folders <= {name.split(".")[1], "support", "stand_ins"}, f"{name} imports of {folders}"
+
+
 def test_every_module_has_one_name() -> None:
     """`backends/` is `vllm_selfextend.backends`, whatever folder Python starts in."""
     for name in FILES:

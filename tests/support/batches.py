@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests.engine.models import SHAPE
+from tests.support.models import SHAPE
 
 PAD = SHAPE["pad_token_id"]
 

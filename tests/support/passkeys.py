@@ -2,7 +2,7 @@
 
 import functools
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
@@ -28,9 +28,10 @@ def make_prompt(num_tokens: int, depth: float, rng: random.Random) -> Passkey:
 
 def encode(text: str, answer_begins: str) -> list[int]:
     """Both as one text to go on with."""
-    return _tokenizer()(f"{text} {answer_begins}")["input_ids"]
+    tokens: list[int] = _tokenizer()(f"{text} {answer_begins}")["input_ids"]
+    return tokens
 
 
 @functools.cache
-def _tokenizer():
+def _tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL_DIR)
