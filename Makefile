@@ -30,7 +30,8 @@ CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 
 # By its name, not its folder: it is installed, and pip adds what these extras bring without building it again.
 .venv/.installed: .venv/.serving
-	$(PIP) install -q --no-compile "vllm-selfextend[ray,dev]"
+	$(PIP) install -q --no-compile "vllm-selfextend[ray,dev]==$$($(BIN)/python -c \
+		'from importlib.metadata import version; print(version("vllm-selfextend"))')"
 	touch $@
 
 demo: .venv/.serving  ## a model trained on 256 tokens finds keys in 4,096; installs what that needs only

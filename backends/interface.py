@@ -67,8 +67,8 @@ class Rotation:
     cos_sin: torch.Tensor
     interleaved: bool = False
 
-    def rotate(self, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """`x` `[..., head_size]`, rotated by `steps`, of either sign, broadcast over the leading dimensions."""
+    def turn(self, x: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """`x` `[..., head_size]`, turned by `steps`, of either sign, broadcast over the leading dimensions."""
         cos, sin = self.cos_sin[steps.abs()].to(x.dtype).chunk(2, dim=-1)
         sin = sin * steps.sign()[..., None]
         rotary_dim = self.cos_sin.shape[-1]
@@ -77,8 +77,8 @@ class Rotation:
         else:
             first, second = x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
         pairs = first * cos - second * sin, second * cos + first * sin
-        rotated = torch.stack(pairs, dim=-1).flatten(-2) if self.interleaved else torch.cat(pairs, dim=-1)
-        return torch.cat([rotated, x[..., rotary_dim:]], dim=-1)
+        turned = torch.stack(pairs, dim=-1).flatten(-2) if self.interleaved else torch.cat(pairs, dim=-1)
+        return torch.cat([turned, x[..., rotary_dim:]], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ def _self_extend_scores(
     if stop == 0:
         return scores
     query_steps = lag(torch.full_like(eighths, window), eighths) - lag(query_pos, eighths)
-    far_query = rotation.rotate(query, query_steps[..., None])
+    far_query = rotation.turn(query, query_steps[..., None])
     far_pos = key_pos[:, :stop]
     is_far = grouped[:, :, None] & (query_pos[:, :, None] - far_pos[:, None] >= window)
     # Turned keys are read at once, out of the processor's own memory.
@@ -284,7 +284,7 @@ def _self_extend_scores(
         takes = is_far & (eighths == one)[:, :, None]
         for begin in range(0, stop, width):
             keys = slice(begin, min(begin + width, stop))
-            far = _scores(far_query, rotation.rotate(key[:, :, keys], -lag(far_pos[:, keys], one)[:, None]))
+            far = _scores(far_query, rotation.turn(key[:, :, keys], -lag(far_pos[:, keys], one)[:, None]))
             scores[..., keys] = torch.where(takes[:, None, :, keys], far, scores[..., keys])
     return scores
 

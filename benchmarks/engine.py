@@ -112,7 +112,7 @@ def peak_mb() -> float:
     return int(kib) * 1024 / 1e6
 
 
-def engine_settings(model: str, dtype: DType, sequences: int, tokens: int, new_tokens: int) -> dict[str, Any]:
+def engine_arguments(model: str, dtype: DType, sequences: int, tokens: int, new_tokens: int) -> dict[str, Any]:
     """What both engines are given. The cache holds every prompt twice, so that a round finds its own in it."""
     blocks = 2 * sequences * -(-(tokens + new_tokens + 1) // BLOCK_SIZE)
     bytes_a_token = NUM_LAYERS * NUM_KV_HEADS * 2 * HEAD_SIZE * (4 if dtype is DType.FLOAT32 else 2)
@@ -244,7 +244,7 @@ def main(
         save_model(model, tokens + new_tokens + 1)
         bar = progress.add_task("", total=len(dtype) * rounds * 2)
         for one in dtype:
-            settings = engine_settings(model, one, sequences, tokens, new_tokens)
+            settings = engine_arguments(model, one, sequences, tokens, new_tokens)
             with engine_process(settings) as stock, engine_process(settings | custom) as ours:
                 measured: dict[str, list[Round]] = {"vllm": [], "self_extend": []}
                 for _ in range(rounds):

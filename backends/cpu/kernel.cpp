@@ -2,7 +2,7 @@
 #include "kernel.h"
 
 #include "product.h"
-#include "rotation.h"
+#include "turning.h"
 #include "vector.h"
 
 namespace {

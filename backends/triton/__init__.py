@@ -2,7 +2,7 @@
 
 Block interior: `[block_size, 2 * head_size]`, a token's key and then its value. float32, bfloat16, float16 and fp8
 (e4m3) caches; products in the queries' dtype, sums in float32. Decodes are launched by shapes alone
-(`decode_launches.py`), so that a captured graph can be replayed with others; prefills are planned on the host.
+(`decode_launches.py`), so that a captured graph can be replayed with others; prefills are taken apart on the host.
 Importing this raises `ImportError` where Triton is not installed.
 """
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from .arithmetic import LOG2_E, log_factor, multiply, tanh, weigh
 from .fp8 import load
 from .merge import merge_all
-from .turning import lag, load_turned, load_turned_queries
+from .turning import EIGHTHS, lag, load_turned, load_turned_queries
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def find_tiles(
     if GROUPED:
         far_end = tl.maximum(first_position - NEIGHBOR_WINDOW + 1, 0) // FAR_N * FAR_N
         near_begin = tl.cdiv(tl.maximum(last_position - NEIGHBOR_WINDOW + 1, 0), FAR_N) * FAR_N
-        near_begin = tl.where(biggest == 8, begin, tl.minimum(tl.maximum(near_begin, begin), end))
+        near_begin = tl.where(biggest == EIGHTHS, begin, tl.minimum(tl.maximum(near_begin, begin), end))
         far_end = tl.minimum(tl.maximum(far_end, begin), near_begin)
     near_end = near_begin + tl.maximum(tl.minimum(first_position + 1, end) - near_begin, 0) // NEAR_N * NEAR_N
     return far_end, near_begin, near_end
@@ -157,7 +157,7 @@ def decode_kernel(
         if not HAS_SOFT_CAP:
             row_scale *= LOG2_E
 
-        smallest = tl.full([], 8, tl.int32)
+        smallest = tl.full([], EIGHTHS, tl.int32)
         biggest = smallest
         if GROUPED:
             smallest = tl.load(group_sizes + first_position)

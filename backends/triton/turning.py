@@ -5,11 +5,14 @@ import triton.language as tl
 
 from .fp8 import load
 
+EIGHTHS = tl.constexpr(8)
+"""`limits.EIGHTHS`."""
+
 
 @triton.jit
 def lag(positions, eighths):
     """`interface.lag`; positions are not negative."""
-    return positions - 8 * positions // eighths
+    return positions - positions * EIGHTHS // eighths
 
 
 @triton.jit

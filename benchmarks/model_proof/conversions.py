@@ -58,5 +58,5 @@ def named_as_exaone(path: Path) -> None:
 def with_experts_as_published(path: Path) -> None:
     """Qwen3-VL's experts lie the other way around in published checkpoints than in what transformers 5 writes."""
     weights = load_file(path / "model.safetensors")
-    turned = {name: weight.transpose(1, 2).contiguous() for name, weight in weights.items() if ".experts." in name}
-    save_file({**weights, **turned}, path / "model.safetensors")
+    transposed = {name: weight.transpose(1, 2).contiguous() for name, weight in weights.items() if ".experts." in name}
+    save_file({**weights, **transposed}, path / "model.safetensors")

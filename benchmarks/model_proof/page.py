@@ -99,7 +99,7 @@ make models  # python -m benchmarks.model_proof --docs
 
 Version {vllm_selfextend.__version__} of this project: **{len(proved)} architectures proved**, in {rows} rows;
 {close} rows close, {refused} refused at start-up, {not_run} not runnable on this CPU, {different} different. Every
-number is in [model_matrix.jsonl](../benchmarks/results/model_matrix.jsonl).
+number is in [model_proof.jsonl](../benchmarks/results/model_proof.jsonl).
 
 The last column is the same checkpoint in transformers, without vLLM, under [`SelfExtend.apply`](transformers.md), held
 against the same implementation, with the same limit; of the rows {in_transformers}.

@@ -7,7 +7,7 @@ from typing import Any
 
 from .architectures import ARCHITECTURES
 
-RESULTS = Path("benchmarks/results/model_matrix.jsonl")
+RESULTS = Path("benchmarks/results/model_proof.jsonl")
 
 
 @dataclass(frozen=True)

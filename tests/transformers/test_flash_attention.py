@@ -23,7 +23,7 @@ from vllm_selfextend.transformers.flash_attention import FlashAttention
 from vllm_selfextend.transformers.step import Step
 
 from .families import FAMILIES, random_model
-from .flash_stand_in import varlen_func
+from .flash_attn_stand_in import varlen_func
 
 NUMBERS = {"divides": (4, 16, False), "odd": (5, 18, True), "auto": ("auto", 16, True)}
 PROMPTS = random_prompts([150, 61, 12], seed=7)

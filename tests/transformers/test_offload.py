@@ -14,7 +14,7 @@ from tests.support.models import SHAPE, random_prompts
 from vllm_selfextend.transformers import extension
 from vllm_selfextend.transformers.flash_attention import FlashAttention
 
-from .flash_stand_in import varlen_func
+from .flash_attn_stand_in import varlen_func
 
 PROMPTS = random_prompts([150, 12], seed=2)
 CPU = torch.device("cpu")

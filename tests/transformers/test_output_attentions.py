@@ -13,7 +13,7 @@ from vllm_selfextend.transformers import extension
 from vllm_selfextend.transformers.flash_attention import FlashAttention
 
 from .families import FAMILIES, random_model
-from .flash_stand_in import varlen_func
+from .flash_attn_stand_in import varlen_func
 
 TEXT = torch.tensor(random_prompts([150], seed=2))
 

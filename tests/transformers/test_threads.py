@@ -17,7 +17,7 @@ from vllm_selfextend.transformers import extension
 from vllm_selfextend.transformers.flash_attention import FlashAttention
 
 from .families import FAMILIES, random_model
-from .flash_stand_in import varlen_func
+from .flash_attn_stand_in import varlen_func
 
 TEXTS = [torch.tensor([text]) for text in random_prompts([150, 20, 90, 64, 7, 201], seed=6)]
 

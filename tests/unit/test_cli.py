@@ -204,8 +204,9 @@ def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(plugin, "entry_points", lambda group: ())
     result = invoke("plan", MODEL_DIR, "--max-model-len", 4096)
     assert result.exit_code == 1
-    said = " ".join(result.stderr.split())
-    assert f"not installed in {sys.prefix}, so that vLLM finds no plugin selfextend there; what runs is" in said
+    said = "".join(result.stderr.split())
+    where = f"not installed in {sys.prefix}, so that vLLM finds no plugin selfextend there; what runs is the folder "
+    assert "".join(f"{where}{Path(vllm_selfextend.__file__).parent}. Install it.".split()) in said
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.evaluation.methods import METHODS, SCALED, allowed_methods, engine_settings, read_checkpoint
+from vllm_selfextend.evaluation.methods import METHODS, SCALED, allowed_methods, engine_arguments, read_checkpoint
 from vllm_selfextend.method.plan import CONFIG_KEY
 
 LENGTH, SERVED, HEAD_SIZE, BASE = 256, 4000, 32, 10000.0
@@ -40,7 +40,7 @@ def plain_table(base: float = BASE, stretch: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["unmodified", *SCALED])
 def test_every_position_has_its_row(method: str) -> None:
     checkpoint = read_checkpoint(str(MODEL_DIR), SERVED, {}, {})
-    table = rotary_table(engine_settings(method, checkpoint, {}))
+    table = rotary_table(engine_arguments(method, checkpoint, {}))
     assert table.shape[0] >= SERVED
     assert table.isfinite().all()
     factor = SERVED / LENGTH
@@ -63,7 +63,7 @@ def test_every_position_has_its_row(method: str) -> None:
 def test_self_extend_is_the_backend_and_its_numbers() -> None:
     checkpoint = read_checkpoint(str(MODEL_DIR), SERVED, {"group_size": 40}, {})
     assert checkpoint.report.group_size == 40
-    settings = engine_settings("self-extend", checkpoint, {"group_size": 40})
+    settings = engine_arguments("self-extend", checkpoint, {"group_size": 40})
     assert settings == {"attention_backend": "CUSTOM", "additional_config": {CONFIG_KEY: {"group_size": 40}}}
 
 
@@ -81,10 +81,10 @@ def checkpoint_with(folder: Path, **changes: object):
 def test_a_checkpoint_that_scales_already(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": BASE}
     checkpoint = checkpoint_with(tmp_path, rope_parameters=rope)
-    assert engine_settings("self-extend", checkpoint, {})["attention_backend"] == "CUSTOM"
+    assert engine_arguments("self-extend", checkpoint, {})["attention_backend"] == "CUSTOM"
     for method in SCALED:
         with pytest.raises(ValueError, match=rf"'{method}' scales a plain RoPE, and .* has RoPE of type 'linear'"):
-            engine_settings(method, checkpoint, {})
+            engine_arguments(method, checkpoint, {})
     names, reasons = allowed_methods(("unmodified", "yarn", "self-extend"), checkpoint, {})
     assert names == ["unmodified", "self-extend"]
     assert [reason.split("'")[1] for reason in reasons] == ["yarn"]
@@ -93,7 +93,7 @@ def test_a_checkpoint_that_scales_already(tmp_path: Path) -> None:
 def test_what_self_extend_cannot_serve(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": BASE}
     with pytest.raises(ValueError, match=r"Self-Extend cannot serve .*dynamic NTK"):
-        engine_settings("self-extend", checkpoint_with(tmp_path, rope_parameters=rope), {})
+        engine_arguments("self-extend", checkpoint_with(tmp_path, rope_parameters=rope), {})
 
 
 def test_the_command_line_knows_every_method() -> None:

@@ -79,7 +79,7 @@ def test_the_demos_table() -> None:
 
 def test_every_architecture_is_proved_or_refused_in_both_hosts() -> None:
     """Or cannot be run there without us; what is refused says why. None crashes, none differs."""
-    rows = [json.loads(line) for line in (RESULTS / "model_matrix.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (RESULTS / "model_proof.jsonl").read_text(encoding="utf-8").splitlines()]
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     for row in rows:
         applied, name = row["applied"], row["name"]

@@ -26,7 +26,7 @@ def vectors(num_heads: int, seed: int) -> torch.Tensor:
 
 def turned(x: torch.Tensor, frequencies: torch.Tensor, interleaved: bool) -> torch.Tensor:
     rows = torch.arange(len(POSITIONS))
-    return Rotation(rotation_rows(frequencies, POSITIONS), interleaved).rotate(x.transpose(0, 1), rows).transpose(0, 1)
+    return Rotation(rotation_rows(frequencies, POSITIONS), interleaved).turn(x.transpose(0, 1), rows).transpose(0, 1)
 
 
 @settings(derandomize=True)

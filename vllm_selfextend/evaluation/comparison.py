@@ -12,7 +12,7 @@ from typing import Any
 from .engine import ask, prompt_encoder, running
 from .loss import loss_task
 from .machine import describe_machine
-from .methods import METHODS, Checkpoint, allowed_methods, engine_settings, read_checkpoint
+from .methods import METHODS, Checkpoint, allowed_methods, engine_arguments, read_checkpoint
 from .passkey import doubling_lengths, passkey_task
 from .prompts import Prompt, Row, Task
 from .records import Records, write_json
@@ -57,7 +57,7 @@ class Comparison:
 
         """
         for method in self.methods:  # refuse before the first engine starts what the last one would be refused for
-            engine_settings(method, self.checkpoint, self.settings)
+            engine_arguments(method, self.checkpoint, self.settings)
         records = folder.records = Records(folder.path, self.asked | {"machine": describe_machine()})
         missing = {method: self._missing(method, records) for method in self.methods}
         work = {

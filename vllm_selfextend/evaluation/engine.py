@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..vllm import report
-from .methods import Checkpoint, engine_settings
+from .methods import Checkpoint, engine_arguments
 from .prompts import Encode, Prompt, Row, Task
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def running(
     if current_platform.is_cpu() and per_sequence is not None:  # None: not supported, and measured by other methods
         # A CPU's memory is everybody's. Two sequences' worth keep the beginning of the one before.
         arguments["kv_cache_memory_bytes"] = 2 * per_sequence + (64 << 20)
-    arguments |= engine_settings(method, checkpoint, settings) | engine_args
+    arguments |= engine_arguments(method, checkpoint, settings) | engine_args
     llm = LLM(model=report.model, max_model_len=report.max_model_len, **arguments)
     try:
         yield llm

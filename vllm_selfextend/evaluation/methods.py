@@ -92,7 +92,7 @@ def allowed_methods(
     allowed, reasons = [], []
     for name in names:
         try:
-            engine_settings(name, checkpoint, settings)
+            engine_arguments(name, checkpoint, settings)
         except ValueError as error:
             if name == "self-extend":
                 raise
@@ -102,7 +102,7 @@ def allowed_methods(
     return allowed, reasons
 
 
-def engine_settings(method: str, checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
+def engine_arguments(method: str, checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
     """What to give `vllm.LLM` for a method, and the whole difference between methods.
 
     Raises:

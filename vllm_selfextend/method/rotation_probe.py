@@ -41,7 +41,7 @@ def matching_rotation(
             continue
         for interleaved in (False, True):
             rotation = Rotation(rotation_rows(frequencies, positions), interleaved)
-            wanted = rotation.rotate(before.expand_as(after), torch.arange(len(positions)))
+            wanted = rotation.turn(before.expand_as(after), torch.arange(len(positions)))
             if bool(((after - wanted).abs() <= allowed).all()):
                 return ModelRotation(frequencies, interleaved)
     return None

@@ -116,9 +116,9 @@ class FlashAttention:
             if part.is_grouped:
                 eighths = sizes.eighths[part_pos]
                 steps = lag(torch.full_like(eighths, params.neighbor_window), eighths) - lag(part_pos, eighths)
-                part_query = rotation.rotate(part_query, steps[:, None])
+                part_query = rotation.turn(part_query, steps[:, None])
                 steps = -lag(_pick(key_pos, part.keys), eighths[:1])
-                part_key = rotation.rotate(part_key.to(wide), steps[:, None])
+                part_key = rotation.turn(part_key.to(wide), steps[:, None])
             part_output, part_lse, _ = self.varlen_func(
                 part_query.to(query.dtype),
                 part_key.to(query.dtype),

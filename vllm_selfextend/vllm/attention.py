@@ -97,8 +97,8 @@ class SelfExtendMetadataBuilder(AttentionMetadataBuilder[SelfExtendMetadata]):
     """Turns vLLM's common metadata into the kernels' batch, once per step for all layers.
 
     Of decodes the batch refers to vLLM's persistent buffers and holds nothing of its own, so a captured CUDA graph
-    finds the next step's requests in it, and vLLM may draft several tokens with one batch. Prefills are planned on the
-    host.
+    finds the next step's requests in it, and vLLM may draft several tokens with one batch. Prefills are taken apart
+    on the host.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 `plugin.register` wraps and checks by these tables; the one in docs/compatibility.md is made of `PATCHES`.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ class Patch:
         ends_with: What vLLM would have to do for it to be no longer needed.
         needs: Parameters that must be there.
         since: The first version of vLLM that has the function, if not all that are supported do.
-        only_on: The kind of platform that it is for, if not for all.
+        of_cpus: Whether it is a method of the platform, for CPUs alone.
 
     """
 
@@ -33,26 +34,34 @@ class Patch:
     ends_with: str
     needs: tuple[str, ...] = ()
     since: str = ""
-    only_on: str = ""
+    of_cpus: bool = False
 
     @property
-    def is_needed(self) -> bool:
-        """Whether it is to be wrapped here: on this platform, and in this vLLM if it is not in all."""
+    def holder(self) -> Any:
+        """The module or class; None if there is nothing to wrap, on this platform or in this version of vLLM.
+
+        Raises:
+            ImportError: There is no such module.
+            AttributeError: It has no such class.
+
+        """
         from vllm.platforms import current_platform
 
-        if self.only_on and self.only_on != current_platform.device_type:
-            return False
-        return not self.since or hasattr(resolve_name(self.owner), self.name)
+        if self.of_cpus:  # the class that runs may be one below it
+            return type(current_platform) if current_platform.is_cpu() else None
+        holder = resolve_name(self.owner)
+        return holder if not self.since or hasattr(holder, self.name) else None
 
     def apply(self) -> None:
-        """Wrap it, once however often it is asked for."""
-        wrap(self.owner, self.name, resolve_name(self.wrapper))
+        """Wrap it, if there is something to wrap, once however often it is asked for."""
+        if (holder := self.holder) is not None:
+            wrap(holder, self.name, resolve_name(self.wrapper))
 
     def row(self) -> str:
         """Its line in docs/compatibility.md."""
         last = self.owner.rpartition(".")[2]
         name = f"`{last if last[0].isupper() else self.owner}.{self.name}`"
-        where = f", on {self.only_on.upper()}s" if self.only_on else ""
+        where = ", on CPUs" if self.of_cpus else ""
         since = f", since vLLM {self.since}" if self.since else ""
         return f"| {name}{where}{since} | {self.why} | {self.ends_with} |"
 
@@ -102,7 +111,7 @@ PATCHES = (
         why="answers `CPU_ATTN` whatever was chosen; lets `CUSTOM` through",
         ends_with="a CPU platform that takes the chosen backend, as those of GPUs do",
         needs=("selected_backend", "attn_selector_config"),
-        only_on="cpu",
+        of_cpus=True,
     ),
 )
 
@@ -121,20 +130,30 @@ USED = (
 
 def missing() -> tuple[str, list[str]] | None:
     """The first of all this that is not there, or lacks parameters, with those; None if nothing does."""
-    patched = [(f"{one.owner}.{one.name}", one.needs) for one in PATCHES if one.is_needed]
-    for name, parameters in (*patched, *USED):
+    patched = [(f"{one.owner}.{one.name}", one.needs, functools.partial(_find, one)) for one in PATCHES]
+    used = [(name, parameters, functools.partial(resolve_name, name)) for name, parameters in USED]
+    for name, parameters, find in (*patched, *used):
         try:
-            found = resolve_name(name)
+            found = find()
         except (ImportError, AttributeError):
             return name, []
-        if lacking := [one for one in parameters if one not in inspect.signature(found).parameters]:
+        if found is not None and (lacking := _lacking(found, parameters)):
             return name, lacking
     return None
 
 
-def wrap(owner: str, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Replace a function by `wrapper(original)`, once however often it is asked for."""
-    holder = resolve_name(owner)
+def _find(patch: Patch) -> Any:
+    """The function as it is; None if there is nothing to wrap."""
+    return None if (holder := patch.holder) is None else getattr(holder, patch.name)
+
+
+def _lacking(found: Any, parameters: tuple[str, ...]) -> list[str]:
+    """Which parameters something has not."""
+    return [name for name in parameters if name not in inspect.signature(found).parameters]
+
+
+def wrap(holder: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Replace a function of a module or class by `wrapper(original)`, once however often it is asked for."""
     if getattr(getattr(holder, name), "_self_extend", False):
         return
     original = inspect.getattr_static(holder, name) if inspect.isclass(holder) else getattr(holder, name)

@@ -21,15 +21,16 @@ _LEAVE_OUT = "Install one that is supported, or serve without --attention-backen
 def register() -> None:
     """Make `--attention-backend CUSTOM` Self-Extend. Without that flag vLLM behaves as without the plugin."""
     if problem := incompatibility():
-        wrap("vllm.engine.arg_utils.EngineArgs", "create_engine_config", functools.partial(_refuse_custom, problem))
+        from vllm.engine.arg_utils import EngineArgs
+
+        wrap(EngineArgs, "create_engine_config", functools.partial(_refuse_custom, problem))
         return
 
     from .engine_args import take_custom
 
     take_custom()
     for patch in PATCHES:
-        if patch.is_needed:
-            patch.apply()
+        patch.apply()
 
 
 def kept_out() -> str | None:
@@ -40,7 +41,7 @@ def kept_out() -> str | None:
     if not any(plugin.name == _NAME for plugin in entry_points(group=DEFAULT_PLUGINS_GROUP)):
         return (
             f"vllm-selfextend is not installed in {sys.prefix}, so that vLLM finds no plugin {_NAME} there; what runs "
-            f"is the folder {Path(__file__).parent}. Install it."
+            f"is the folder {Path(__file__).parents[1]}. Install it."
         )
     allowed: list[str] | None = envs.VLLM_PLUGINS
     if allowed is None or _NAME in allowed:

@@ -1,7 +1,8 @@
 """What Self-Extend cannot serve, and why: what a model's configuration says, and the way it is to be run.
 
 Of numbers `method.config` refuses, of drafts `engine_args`, of layers `worker.check_layers` and `binding.check_model`,
-which need no weights. `vllm-selfextend plan` asks all of them: it starts an engine as far as that goes without weights.
+which need no weights; of connectors `kv_connectors` warns. `vllm-selfextend plan` asks all of them where vLLM has a
+device, since it starts an engine as far as that goes without weights, and this module alone where it has none.
 """
 
 import torch
