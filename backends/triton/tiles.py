@@ -68,17 +68,18 @@ class Tiles:
     num_warps: int
     most_registers: int | None = None
 
-    def arguments(self) -> dict[str, int | None]:
+    def arguments(self) -> dict[str, int]:
         """What it calls them."""
-        return {
+        tiles = {
             "BLOCK_M": self.rows,
             "FAR_N": self.far_keys,
             "NEAR_N": self.near_keys,
             "FAR_STAGES": self.far_stages,
             "NEAR_STAGES": self.near_stages,
             "num_warps": self.num_warps,
-            "maxnreg": self.most_registers,
         }
+        # Triton has no such option for AMD's, not even to leave it open.
+        return tiles if self.most_registers is None else {**tiles, "maxnreg": self.most_registers}
 
 
 def decode_rows(heads: int) -> int:
