@@ -115,8 +115,9 @@ def decode_tiles(heads: int, head_size: int, itemsize: int, is_fp8: bool, device
         return Tiles(
             rows, far_keys=32, near_keys=64, far_stages=5, near_stages=5, num_warps=num_warps, most_registers=most
         )
-    far_stages = 1 if is_fp8 and device.is_cuda(100) else 3
-    return Tiles(rows, far_keys=16, near_keys=32, far_stages=far_stages, near_stages=3, num_warps=8)
+    if is_fp8 and device.is_cuda(100):  # more spills there
+        return Tiles(rows, far_keys=16, near_keys=16, far_stages=1, near_stages=3, num_warps=8)
+    return Tiles(rows, far_keys=16, near_keys=32, far_stages=3, near_stages=3, num_warps=8)
 
 
 class VarlenTiles(NamedTuple):
