@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
+from .. import limits
 from .fp8 import load
 
-EIGHTHS = tl.constexpr(8)
-"""`limits.EIGHTHS`."""
+EIGHTHS = tl.constexpr(limits.EIGHTHS)
 
 
 @triton.jit

@@ -34,30 +34,15 @@ class TritonVarlen:
         window: int,
     ) -> torch.Tensor:
         """See `interface.VarlenAttention`."""
-        kernel, tokens = self.kernel(query, key, value, out, lse, is_causal=is_causal, window=window)
+        found = block_table is not None, is_causal, window, layout(query), layout(out), key.dtype
+        if found not in self._made:
+            self._made[found] = self._make(query, key, value, out, lse, is_causal, window)
+        kernel, tokens = self._made[found]
         num_seqs, num_tokens = lengths.seq_lens.shape[0], query.shape[0]
         numbers = num_seqs, 0 if block_table is None else block_table.stride(0), lse.stride(0)
         step = (query, key, value, out, lse, lengths.query_start_loc, lengths.seq_lens, block_table, *numbers)
         kernel((num_tokens // tokens + num_seqs, key.shape[-2], 1), step)
         return lse
-
-    def kernel(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        *,
-        is_causal: bool,
-        window: int,
-    ) -> tuple[LayerKernel, int]:
-        """What serves such tensors, and how many tokens a program takes."""
-        is_paged = key.dim() == 4
-        found = is_paged, is_causal, window, layout(query), layout(out), key.dtype
-        if found not in self._made:
-            self._made[found] = self._make(query, key, value, out, lse, is_causal, window)
-        return self._made[found]
 
     def _make(
         self,
@@ -69,6 +54,7 @@ class TritonVarlen:
         is_causal: bool,
         window: int,
     ) -> tuple[LayerKernel, int]:
+        """What serves such tensors, and how many tokens a program takes."""
         params, device = self._params, self._device
         num_heads, head_size = query.shape[1:]
         heads, is_paged = num_heads // key.shape[-2], key.dim() == 4
