@@ -30,7 +30,7 @@ CXX_SOURCES := $(wildcard backends/cpu/*.cpp backends/cpu/*.h)
 
 # By its name, not its folder: it is installed, and pip adds what these extras bring without building it again.
 .venv/.installed: .venv/.serving
-	$(PIP) install -q "vllm-selfextend[ray,dev]==$$($(BIN)/python -c \
+	$(PIP) install -q "vllm-selfextend[ray,ruler,dev]==$$($(BIN)/python -c \
 		'from importlib.metadata import version; print(version("vllm-selfextend"))')"
 	touch $@
 

@@ -40,10 +40,17 @@ class MethodName(str, Enum):
 
 
 class TaskName(str, Enum):
-    """What `evaluate` asks; see the modules of `evaluation` with these names."""
+    """What `evaluate` asks; see the modules of `evaluation`. `ruler` is all that follow it."""
 
     PASSKEY = "passkey"
     LOSS = "loss"
+    RULER = "ruler"
+    NIAH_SINGLE_1 = "niah_single_1"
+    NIAH_MULTIKEY_2 = "niah_multikey_2"
+    NIAH_MULTIKEY_3 = "niah_multikey_3"
+    RULER_VT = "ruler_vt"
+    RULER_CWE = "ruler_cwe"
+    RULER_FWE = "ruler_fwe"
 
 
 class TuneTaskName(str, Enum):
@@ -54,7 +61,8 @@ class TuneTaskName(str, Enum):
     PROMPTS = "prompts"
 
 
-DEFAULT_TASKS = list(TaskName)
+DEFAULT_TASKS = [TaskName.PASSKEY, TaskName.LOSS]
+RULER_NAMES = list(TaskName)[list(TaskName).index(TaskName.RULER) + 1 :]
 
 
 def _tokens(text: str) -> int:
@@ -95,8 +103,8 @@ LogScale = Annotated[bool, typer.Option(help="Scale queries past the trained len
 Text = Annotated[list[Path] | None, typer.Option(help="A long text for the loss; without one, Python's own source.")]
 Chat = Annotated[bool | None, typer.Option(help="Ask through the chat template; without either, if there is one.")]
 Depths = Annotated[int, typer.Option(min=1, help="At how many depths of a text keys are hidden.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Passkey prompts per length and depth.")]
-Seed = Annotated[int, typer.Option(help="Of the passkeys.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Prompts per length: of passkeys per depth, of RULER per task.")]
+Seed = Annotated[int, typer.Option(help="Of passkeys and RULER's prompts.")]
 EngineArgs = Annotated[str, typer.Option(help="Other arguments of vllm.LLM as JSON.", metavar="JSON")]
 LossLength = Annotated[int | None, typer.Option(min=1, help="How many tokens of each text are read for the loss.")]
 
@@ -181,7 +189,16 @@ def evaluate(
         list[MethodName] | None,
         typer.Option(help="What to compare, several; without one: unmodified, yarn, self-extend."),
     ] = None,
-    task: Annotated[list[TaskName], typer.Option(help="What to ask; several.")] = DEFAULT_TASKS,
+    self_extend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another Self-Extend beside, with these settings; several.",
+            metavar="JSON",
+        ),
+    ] = None,
+    task: Annotated[
+        list[TaskName], typer.Option(help="What to ask; several. ruler is all that follow it.")
+    ] = DEFAULT_TASKS,
     served_length: Annotated[
         int | None,
         typer.Option(
@@ -191,7 +208,7 @@ def evaluate(
         ),
     ] = None,
     length: Annotated[
-        list[int] | None, typer.Option(min=64, help="A passkey text's tokens; without one, doubling up to the longest.")
+        list[int] | None, typer.Option(min=64, help="A text's tokens; without one, doubling up to the longest.")
     ] = None,
     depths: Depths = 5,
     keys: Annotated[int, typer.Option(min=1, max=6, help="How many keys a text hides, one of which is asked for.")] = 1,
@@ -212,10 +229,13 @@ def evaluate(
 ) -> None:
     """Compare Self-Extend with the unmodified model and with what vLLM has: keys found, and loss over position."""
     settings = _settings(group_size, neighbor_window, trained_length, exact_short, log_scale)
+    names = [one for each in task for one in (RULER_NAMES if each is TaskName.RULER else [each])]
+    if set(names) & set(RULER_NAMES):
+        _need_modules("ruler", "lm_eval", "nltk", "wonderwords")
     with _evaluating(output) as folder:
         from .evaluation.comparison import comparison_from_options
         from .evaluation.engine import OWN_ARGUMENTS
-        from .evaluation.tables import loss_table, passkey_table
+        from .evaluation.tables import loss_table, passkey_table, ruler_table
 
         comparison = comparison_from_options(
             model,
@@ -224,7 +244,8 @@ def evaluate(
             _engine_args(engine_args, OWN_ARGUMENTS),
             served_length=served_length,
             methods=[one.value for one in method or ()],
-            tasks=[one.value for one in task],
+            variants=[_json_object("--self-extend", one, '{"group_size": 8}') for one in self_extend or ()],
+            tasks=[one.value for one in names],
             lengths=length or (),
             depths=depths,
             keys=keys,
@@ -236,14 +257,15 @@ def evaluate(
         )
         rows, written = comparison.run(folder)
     report = comparison.checkpoint.report
-    for one, _ in comparison.prompts:
-        mine = [row for row in rows if row["task"] == one.name]
-        if one.name == "passkey":
-            title = f"Passkeys found, on a server of {report.max_model_len:,} tokens"
-            table_of = functools.partial(passkey_table, mine, title=title)
-        else:
-            table_of = functools.partial(loss_table, mine, trained_length=report.trained_length)
-        _print_tables(table_of, comparison.methods)
+    title = f"Passkeys found, on a server of {report.max_model_len:,} tokens"
+    tables = {
+        ("passkey",): functools.partial(passkey_table, title=title),
+        ("loss",): functools.partial(loss_table, trained_length=report.trained_length),
+        tuple(RULER_NAMES): functools.partial(ruler_table, trained_length=report.trained_length),
+    }
+    for tasks, table_of in tables.items():
+        if mine := [row for row in rows if row["task"] in tasks]:
+            _print_tables(functools.partial(table_of, mine), comparison.methods)
     console.print("In brackets and behind +-: the 95 % interval.", highlight=False)
     for reason in comparison.left_out:
         console.print(f"Not compared: {reason}", highlight=False, soft_wrap=True)
@@ -314,7 +336,7 @@ def _need_vllm() -> None:
 def _evaluating(output: Path | None) -> "Iterator[RunFolder]":
     """A run's folder, stderr its log; what a user can mend, or stops, is one sentence."""
     _need_vllm()
-    _need_eval_extra()
+    _need_modules("eval", "matplotlib", "scipy")
     from .evaluation.run_folder import run_folder
     from .evaluation.screen import Stopped
 
@@ -349,10 +371,10 @@ def _goes_on(folder: "RunFolder") -> list[str]:
     return [f"What was answered is in {folder.path}; the same command with --output {again} goes on."]
 
 
-def _need_eval_extra() -> None:
-    missing = [name for name in ("matplotlib", "scipy") if importlib.util.find_spec(name) is None]
+def _need_modules(extra: str, *names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        _fail(f"this command needs {' and '.join(missing)}: pip install 'vllm-selfextend[eval]'.")
+        _fail(f"this command needs {' and '.join(missing)}: pip install 'vllm-selfextend[{extra}]'.")
 
 
 def _fail(error: Exception | str, *more: str) -> NoReturn:
@@ -405,15 +427,20 @@ def _settings(
 
 
 def _engine_args(text: str, taken: Collection[str]) -> dict[str, Any]:
-    try:
-        arguments = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--engine-args {text!r} is not JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise ValueError(f'--engine-args {text!r} must be an object such as {{"dtype": "float32"}}.')
+    arguments = _json_object("--engine-args", text, '{"dtype": "float32"}')
     if ours := [name for name in taken if name in arguments]:
         raise ValueError(f"--engine-args cannot set {ours[0]!r}: the command or its other options decide it.")
     return arguments
+
+
+def _json_object(option: str, text: str, example: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{option} {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} {text!r} must be an object such as {example}.")
+    return value
 
 
 def _print_tables(table_of: Callable[[Sequence[Any]], Table], columns: Sequence[Any]) -> None:

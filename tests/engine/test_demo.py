@@ -31,12 +31,12 @@ def test_self_extend_finds_what_the_unmodified_model_does_not(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     answers = json.loads((tmp_path / "results.json").read_text())["answers"]
-    found = {method: [row["found"] for row in answers if row["method"] == method] for method in run.METHODS}
+    found = {method: [row["found"] for row in answers if row["method"] == method] for method in run.METHOD_NAMES}
     assert len(found["self-extend"]) == len(found["unmodified"]) == 11
     assert sum(found["self-extend"]) >= 9
     assert sum(found["unmodified"]) <= 3
     # The screen is the bars', the table's and the example's; everything else is in the log.
-    labels = {METHODS[method].label for method in run.METHODS}
+    labels = {METHODS[method].label for method in run.METHOD_NAMES}
     assert {line.split()[0] for line in done.stderr.splitlines()} == {*labels, "all"}
     assert "Passkeys found by a model trained on 256 tokens" in " ".join(done.stdout.split())
     assert "Self-Extend: trained length 256" in (tmp_path / "vllm.log").read_text()

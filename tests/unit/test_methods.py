@@ -1,5 +1,6 @@
 """Each method's settings, held against the rotary tables that vLLM makes of them."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,7 +12,14 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_selfextend.demo import MODEL_DIR
-from vllm_selfextend.evaluation.methods import METHODS, SCALED, allowed_methods, engine_arguments, read_checkpoint
+from vllm_selfextend.evaluation.methods import (
+    METHODS,
+    SCALED,
+    allowed_methods,
+    engine_arguments,
+    read_checkpoint,
+    self_extend_variants,
+)
 from vllm_selfextend.method.plan import CONFIG_KEY
 
 LENGTH, SERVED, HEAD_SIZE, BASE = 256, 4000, 32, 10000.0
@@ -40,7 +48,7 @@ def plain_table(base: float = BASE, stretch: float = 1.0) -> torch.Tensor:
 @pytest.mark.parametrize("method", ["unmodified", *SCALED])
 def test_every_position_has_its_row(method: str) -> None:
     checkpoint = read_checkpoint(str(MODEL_DIR), SERVED, {}, {})
-    table = rotary_table(engine_arguments(method, checkpoint, {}))
+    table = rotary_table(engine_arguments(METHODS[method], checkpoint))
     assert table.shape[0] >= SERVED
     assert table.isfinite().all()
     factor = SERVED / LENGTH
@@ -63,8 +71,26 @@ def test_every_position_has_its_row(method: str) -> None:
 def test_self_extend_is_the_backend_and_its_numbers() -> None:
     checkpoint = read_checkpoint(str(MODEL_DIR), SERVED, {"group_size": 40}, {})
     assert checkpoint.report.group_size == 40
-    settings = engine_arguments("self-extend", checkpoint, {"group_size": 40})
+    method = dataclasses.replace(METHODS["self-extend"], settings={"group_size": 40})
+    settings = engine_arguments(method, checkpoint)
     assert settings == {"attention_backend": "CUSTOM", "additional_config": {CONFIG_KEY: {"group_size": 40}}}
+
+
+def test_other_self_extends_beside() -> None:
+    checkpoint = read_checkpoint(str(MODEL_DIR), SERVED, {}, {})
+    fixed, plain, short = self_extend_variants([{"group_size": 40}, {"log_scale": False}, {"group_size": 2}])
+    assert fixed.label == "Self-Extend, group_size 40"
+    assert plain.label == "Self-Extend, log_scale false"
+    assert len({(method.name, method.color, method.marker) for method in (fixed, plain, METHODS["self-extend"])}) == 3
+    assert engine_arguments(fixed, checkpoint)["additional_config"] == {CONFIG_KEY: {"group_size": 40}}
+    with pytest.raises(ValueError, match="Set group_size to 21 or more"):
+        engine_arguments(short, checkpoint)
+    with pytest.raises(ValueError, match="given twice"):
+        list(self_extend_variants([{"group_size": 40, "log_scale": False}, {"log_scale": False, "group_size": 40}]))
+    with pytest.raises(ValueError, match="5 more Self-Extends are asked for; a picture has room for 4"):
+        list(self_extend_variants([{"group_size": size} for size in range(2, 7)]))
+    with pytest.raises(ValueError, match=r"--self-extend '\{\}' has no settings"):
+        list(self_extend_variants([{}]))
 
 
 def test_there_has_to_be_something_to_extend() -> None:
@@ -81,19 +107,20 @@ def checkpoint_with(folder: Path, **changes: object):
 def test_a_checkpoint_that_scales_already(tmp_path: Path) -> None:
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": BASE}
     checkpoint = checkpoint_with(tmp_path, rope_parameters=rope)
-    assert engine_arguments("self-extend", checkpoint, {})["attention_backend"] == "CUSTOM"
+    assert engine_arguments(METHODS["self-extend"], checkpoint)["attention_backend"] == "CUSTOM"
     for method in SCALED:
         with pytest.raises(ValueError, match=rf"'{method}' scales a plain RoPE, and .* has RoPE of type 'linear'"):
-            engine_arguments(method, checkpoint, {})
-    names, reasons = allowed_methods(("unmodified", "yarn", "self-extend"), checkpoint, {})
-    assert names == ["unmodified", "self-extend"]
+            engine_arguments(METHODS[method], checkpoint)
+    asked = [METHODS[name] for name in ("unmodified", "yarn", "self-extend")]
+    methods, reasons = allowed_methods(asked, checkpoint)
+    assert methods == [asked[0], asked[2]]
     assert [reason.split("'")[1] for reason in reasons] == ["yarn"]
 
 
 def test_what_self_extend_cannot_serve(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": BASE}
     with pytest.raises(ValueError, match=r"Self-Extend cannot serve .*dynamic NTK"):
-        engine_arguments("self-extend", checkpoint_with(tmp_path, rope_parameters=rope), {})
+        engine_arguments(METHODS["self-extend"], checkpoint_with(tmp_path, rope_parameters=rope))
 
 
 def test_the_command_line_knows_every_method() -> None:

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from ..evaluation.comparison import Comparison
     from ..evaluation.prompts import Prompt
 
-METHODS = ("unmodified", "self-extend")
+METHOD_NAMES = ("unmodified", "self-extend")
+"""Of the methods."""
+
 TASK = PasskeyTask(
     lengths=(256, 512, 1024, 2048, 4096),
     depths=tuple(step / 20 for step in range(21)),
@@ -27,14 +29,15 @@ def comparison() -> "Comparison":
     """The demo's model, methods and prompts; everything else is as for any model."""
     from ..evaluation.comparison import Comparison
     from ..evaluation.engine import prompt_encoder
-    from ..evaluation.methods import read_checkpoint
+    from ..evaluation.methods import METHODS, read_checkpoint
 
     model = str(MODEL_DIR)
     checkpoint = read_checkpoint(model, max(TASK.lengths), {}, ENGINE_ARGS)
     # Its chat template only joins messages.
     encode, _, _ = prompt_encoder(model, ENGINE_ARGS, chat=False)
     asked = {"demo": dataclasses.asdict(TASK)}
-    return Comparison(checkpoint, METHODS, [(TASK, list(TASK.prompts(encode)))], {}, ENGINE_ARGS, asked)
+    prompts = list(TASK.prompts(encode))
+    return Comparison(checkpoint, [METHODS[name] for name in METHOD_NAMES], [(TASK, prompts)], ENGINE_ARGS, asked)
 
 
 def example(prompts: "Iterable[Prompt]") -> "Prompt":

@@ -12,10 +12,19 @@ from typing import Any
 from .engine import ask, prompt_encoder, running
 from .loss import loss_task
 from .machine import describe_machine
-from .methods import METHODS, Checkpoint, allowed_methods, engine_arguments, read_checkpoint
+from .methods import (
+    METHODS,
+    Checkpoint,
+    Method,
+    allowed_methods,
+    engine_arguments,
+    read_checkpoint,
+    self_extend_variants,
+)
 from .passkey import doubling_lengths, passkey_task
 from .prompts import Prompt, Row, Task
 from .records import Records, write_json
+from .ruler import RULER_TASKS, ruler_tasks
 from .run_folder import RunFolder
 from .screen import bars, reading_work
 from .summary import summarize
@@ -29,9 +38,8 @@ class Comparison:
 
     Attributes:
         checkpoint: What is served, and how many tokens its server is sized for.
-        methods: Names in `methods.METHODS`, each once.
+        methods: No two with one name.
         prompts: Of every task.
-        settings: Self-Extend's, as in `additional_config["self_extend"]`.
         engine_args: Other arguments of vLLM's.
         asked: What tells this run from others, as its folder keeps it beside the machine.
         left_out: Why methods that would be compared by default are not.
@@ -39,9 +47,8 @@ class Comparison:
     """
 
     checkpoint: Checkpoint
-    methods: Sequence[str]
+    methods: Sequence[Method]
     prompts: Sequence[tuple[Task, list[Prompt]]]
-    settings: dict[str, Any]
     engine_args: dict[str, Any]
     asked: dict[str, Any]
     left_out: Sequence[str] = ()
@@ -57,24 +64,24 @@ class Comparison:
 
         """
         for method in self.methods:  # refuse before the first engine starts what the last one would be refused for
-            engine_arguments(method, self.checkpoint, self.settings)
+            engine_arguments(method, self.checkpoint)
         records = folder.records = Records(folder.path, self.asked | {"machine": describe_machine()})
-        missing = {method: self._missing(method, records) for method in self.methods}
+        missing = [(method, self._missing(method, records)) for method in self.methods]
         work = {
-            METHODS[method].label: sum(self._work(prompt) for _, prompts in by_task for prompt in prompts)
-            for method, by_task in missing.items()
+            method.label: sum(self._work(prompt) for _, prompts in by_task for prompt in prompts)
+            for method, by_task in missing
         }
         with bars(folder.stderr, work) as advance:
-            for method, by_task in missing.items():
+            for method, by_task in missing:
                 if by_task:
                     self._ask(method, by_task, records, advance)
         names = [prompt.name for _, prompts in self.prompts for prompt in prompts]
-        rows = [records.rows[method, name] for method in self.methods for name in names]
+        rows = [records.rows[method.name, name] for method in self.methods for name in names]
         return rows, self._write(rows, records)
 
-    def _missing(self, method: str, records: Records) -> list[tuple[Task, list[Prompt]]]:
+    def _missing(self, method: Method, records: Records) -> list[tuple[Task, list[Prompt]]]:
         """The prompts of every task that a method has not answered yet."""
-        answered = {name for asked, name in records.rows if asked == method}
+        answered = {name for asked, name in records.rows if asked == method.name}
         by_task = [
             (task, [prompt for prompt in prompts if prompt.name not in answered]) for task, prompts in self.prompts
         ]
@@ -85,17 +92,17 @@ class Comparison:
 
     def _ask(
         self,
-        method: str,
+        method: Method,
         by_task: Sequence[tuple[Task, list[Prompt]]],
         records: Records,
         advance: Callable[[str, int], None],
     ) -> None:
         def keep(task: Task, prompt: Prompt, score: Row) -> None:
-            about = {"name": prompt.name, "task": task.name, "method": method, "num_tokens": len(prompt.token_ids)}
+            about = {"name": prompt.name, "task": task.name, "method": method.name, "num_tokens": len(prompt.token_ids)}
             records.add(about | prompt.cell | score)
-            advance(METHODS[method].label, self._work(prompt))
+            advance(method.label, self._work(prompt))
 
-        with running(method, self.checkpoint, self.settings, self.engine_args) as llm:
+        with running(method, self.checkpoint, self.engine_args) as llm:
             for task, prompts in by_task:
                 # Prompts that are scored themselves go alone: their numbers then do not depend on what is beside.
                 for batch in [[prompt] for prompt in prompts] if task.scores_prompt else [prompts]:
@@ -104,7 +111,8 @@ class Comparison:
     def _write(self, rows: Sequence[Row], records: Records) -> list[Path]:
         """Write `results.json` and the pictures to the records' folder, and say which."""
         length = self.checkpoint.report.trained_length
-        document = {"settings": records.settings, "summary": summarize(rows, self.methods, length), "answers": rows}
+        summary = summarize(rows, [method.name for method in self.methods], length)
+        document = {"settings": records.settings, "summary": summary, "answers": rows}
         write_json(records.folder / "results.json", document)
         return [records.folder / "results.json", *_draw(rows, self.methods, length, records.folder)]
 
@@ -117,6 +125,7 @@ def comparison_from_options(
     *,
     served_length: int | None,
     methods: Sequence[str],
+    variants: Sequence[dict[str, Any]],
     tasks: Collection[str],
     lengths: Sequence[int],
     depths: int,
@@ -148,14 +157,18 @@ def comparison_from_options(
         chosen.append(passkey_task(lengths, depths, keys, rounds, seed, uses_chat=uses_chat))
     if "loss" in tasks:
         chosen.append(loss_task(texts, loss_length, max_model_len))
+    chosen += ruler_tasks(tasks, lengths, rounds, seed)
     prompts = [(task, list(task.prompts(encode if task.scores_prompt else encode_chat))) for task in chosen]
-    methods = list(dict.fromkeys(methods))
+    known = METHODS | {"self-extend": dataclasses.replace(METHODS["self-extend"], settings=settings)}
+    chosen_methods = [known[name] for name in dict.fromkeys(methods)]
     left_out: list[str] = []
     if not methods:
-        methods, left_out = allowed_methods(DEFAULT_METHODS, checkpoint, settings)
+        chosen_methods, left_out = allowed_methods([known[name] for name in DEFAULT_METHODS], checkpoint)
+    length = {name: settings[name] for name in ("trained_length",) if name in settings}
+    chosen_methods += self_extend_variants([length | variant for variant in variants])
     asked = {
         "model": model,
-        "methods": methods,
+        "methods": [method.name for method in chosen_methods],
         "served_length": served,
         "self_extend": settings,
         "plan": dataclasses.asdict(checkpoint.report),
@@ -163,7 +176,7 @@ def comparison_from_options(
         "chat": uses_chat,
         "prompts": {task.name: _digest(put) for task, put in prompts},
     }
-    return Comparison(checkpoint, methods, prompts, settings, engine_args, asked, left_out)
+    return Comparison(checkpoint, chosen_methods, prompts, engine_args, asked, left_out)
 
 
 def _digest(prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -172,10 +185,15 @@ def _digest(prompts: Sequence[Prompt]) -> dict[str, Any]:
     return {"count": len(prompts), "sha256": hashlib.sha256(tokens.encode()).hexdigest()}
 
 
-def _draw(rows: Sequence[Row], methods: Sequence[str], trained_length: int, folder: Path) -> Iterator[Path]:
-    from .plots import plot_losses, plot_passkeys
+def _draw(rows: Sequence[Row], methods: Sequence[Method], trained_length: int, folder: Path) -> Iterator[Path]:
+    from .plots import plot_losses, plot_passkeys, plot_ruler
 
-    for task, name, plot in (("passkey", "passkeys.png", plot_passkeys), ("loss", "loss.png", plot_losses)):
-        if any(row["task"] == task for row in rows):
+    pictures = (
+        (("passkey",), "passkeys.png", plot_passkeys),
+        (("loss",), "loss.png", plot_losses),
+        (tuple(RULER_TASKS), "ruler.png", plot_ruler),
+    )
+    for tasks, name, plot in pictures:
+        if any(row["task"] in tasks for row in rows):
             plot(rows, methods, trained_length, folder / name)
             yield folder / name

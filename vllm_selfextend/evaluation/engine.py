@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..vllm import report
-from .methods import Checkpoint, engine_arguments
+from .methods import Checkpoint, Method, engine_arguments
 from .prompts import Encode, Prompt, Row, Task
 
 if TYPE_CHECKING:
@@ -24,17 +24,14 @@ another method's or other numbers', without a word."""
 
 
 @contextlib.contextmanager
-def running(
-    method: str, checkpoint: Checkpoint, settings: dict[str, Any], engine_args: dict[str, Any]
-) -> "Iterator[LLM]":
+def running(method: Method, checkpoint: Checkpoint, engine_args: dict[str, Any]) -> "Iterator[LLM]":
     """An engine that serves a checkpoint by a method.
 
     Eager, since nothing here gains by compiling, and since a captured graph keeps Self-Extend's numbers.
 
     Args:
-        method: One of `methods.METHODS`.
+        method: How texts longer than the trained length are read.
         checkpoint: What is served.
-        settings: Self-Extend's, as in `additional_config["self_extend"]`.
         engine_args: Other arguments of `vllm.LLM`.
 
     Raises:
@@ -55,7 +52,7 @@ def running(
     if current_platform.is_cpu() and per_sequence is not None:  # None: not supported, and measured by other methods
         # A CPU's memory is everybody's. Two sequences' worth keep the beginning of the one before.
         arguments["kv_cache_memory_bytes"] = 2 * per_sequence + (64 << 20)
-    arguments |= engine_arguments(method, checkpoint, settings) | engine_args
+    arguments |= engine_arguments(method, checkpoint) | engine_args
     llm = LLM(model=report.model, max_model_len=report.max_model_len, **arguments)
     try:
         yield llm

@@ -1,10 +1,12 @@
 """What a vLLM user can do about a text longer than the trained length, each as settings of the engine."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..method.config import SelfExtendConfig
 from ..method.plan import CONFIG_KEY
 from ..method.rope import rope_parameters
 from ..vllm.report import PlanReport, plan_report_and_config
@@ -12,23 +14,40 @@ from ..vllm.report import PlanReport, plan_report_and_config
 
 @dataclass(frozen=True)
 class Method:
-    """How people are shown a method."""
+    """A method, and how people are shown it.
 
+    Attributes:
+        name: Like no other's of a run; what its answers are kept by.
+        label: For people.
+        color: In pictures.
+        marker: In pictures, matplotlib's.
+        settings: Of a Self-Extend, as in `additional_config["self_extend"]`; None is another method.
+
+    """
+
+    name: str
     label: str
     color: str
     marker: str
+    settings: Mapping[str, Any] | None = None
 
 
 # Colors that people with any color vision tell apart (Okabe and Ito, 2008).
 METHODS = {
-    "unmodified": Method("unmodified", "#000000", "s"),
-    "yarn": Method("YaRN", "#E69F00", "^"),
-    "dynamic": Method("dynamic NTK", "#009E73", "v"),
-    "linear": Method("linear", "#CC79A7", "D"),
-    "ntk": Method("NTK", "#56B4E9", "P"),
-    "self-extend": Method("Self-Extend", "#0072B2", "o"),
+    method.name: method
+    for method in (
+        Method("unmodified", "unmodified", "#000000", "s"),
+        Method("yarn", "YaRN", "#E69F00", "^"),
+        Method("dynamic", "dynamic NTK", "#009E73", "v"),
+        Method("linear", "linear", "#CC79A7", "D"),
+        Method("ntk", "NTK", "#56B4E9", "P"),
+        Method("self-extend", "Self-Extend", "#0072B2", "o", {}),
+    )
 }
 """By their names on the command line."""
+
+VARIANT_LOOKS = (("#D55E00", "X"), ("#882255", "*"), ("#44AA99", "h"), ("#999933", "p"))
+"""Colors and markers of Self-Extends with settings of their own."""
 
 SCALED = ("yarn", "dynamic", "linear", "ntk")
 """Those that vLLM has by itself: other frequencies for every prompt, whatever its length."""
@@ -80,9 +99,30 @@ def read_checkpoint(
     return Checkpoint(report, rope, is_part, model_config.get_hidden_size())
 
 
-def allowed_methods(
-    names: Sequence[str], checkpoint: Checkpoint, settings: dict[str, Any]
-) -> tuple[list[str], list[str]]:
+def self_extend_variants(variants: Sequence[Mapping[str, Any]]) -> Iterator[Method]:
+    """A method for each Self-Extend with settings of its own, to stand beside the one that is called just that.
+
+    Raises:
+        ValueError: They are too many for a picture, one has no settings, or two have the same.
+
+    """
+    if len(variants) > len(VARIANT_LOOKS):
+        raise ValueError(
+            f"{len(variants)} more Self-Extends are asked for; a picture has room for {len(VARIANT_LOOKS)}."
+        )
+    seen = set()
+    for settings, (color, marker) in zip(variants, VARIANT_LOOKS, strict=False):
+        if not settings:
+            raise ValueError("--self-extend '{}' has no settings: that is what --method self-extend compares.")
+        name = f"self-extend {json.dumps(settings, sort_keys=True)}"
+        if name in seen:
+            raise ValueError(f"--self-extend '{json.dumps(settings)}' is given twice: its answers would be the same.")
+        seen.add(name)
+        label = "Self-Extend, " + ", ".join(f"{key} {json.dumps(value)}" for key, value in settings.items())
+        yield Method(name, label, color, marker, settings)
+
+
+def allowed_methods(methods: Sequence[Method], checkpoint: Checkpoint) -> tuple[list[Method], list[str]]:
     """Those of the methods that the checkpoint allows, and why it does not allow the others.
 
     Raises:
@@ -90,19 +130,19 @@ def allowed_methods(
 
     """
     allowed, reasons = [], []
-    for name in names:
+    for method in methods:
         try:
-            engine_arguments(name, checkpoint, settings)
+            engine_arguments(method, checkpoint)
         except ValueError as error:
-            if name == "self-extend":
+            if method.settings is not None:
                 raise
             reasons.append(str(error))
         else:
-            allowed.append(name)
+            allowed.append(method)
     return allowed, reasons
 
 
-def engine_arguments(method: str, checkpoint: Checkpoint, settings: dict[str, Any]) -> dict[str, Any]:
+def engine_arguments(method: Method, checkpoint: Checkpoint) -> dict[str, Any]:
     """What to give `vllm.LLM` for a method, and the whole difference between methods.
 
     Raises:
@@ -110,34 +150,37 @@ def engine_arguments(method: str, checkpoint: Checkpoint, settings: dict[str, An
 
     """
     report = checkpoint.report
-    if method == "self-extend":
+    length, served = report.trained_length, report.max_model_len
+    name = method.name
+    if method.settings is not None:
         if not report.supported:
             raise ValueError(f"Self-Extend cannot serve {report.model}: {report.why_not}")
-        return {"attention_backend": "CUSTOM", "additional_config": {CONFIG_KEY: settings}}
-    length, served = report.trained_length, report.max_model_len
+        settings = {CONFIG_KEY: dict(method.settings)}
+        SelfExtendConfig.from_additional_config(settings).plan(length, served)
+        return {"attention_backend": "CUSTOM", "additional_config": settings}
     if checkpoint.is_part:
         raise ValueError(
-            f"The method {method!r} changes a model's config, and that of {report.model} is part of a larger one. "
+            f"The method {name!r} changes a model's config, and that of {report.model} is part of a larger one. "
             "Ask for --method self-extend alone."
         )
     # vLLM must be told that the config allows longer texts, or it refuses them, or reads past the end of its tables.
     longer = {"max_position_embeddings": served}
-    if method == "unmodified":
+    if name == "unmodified":
         return {"hf_overrides": longer}
     if len(checkpoint.rope) != 1 or (kind := checkpoint.rope[0].get("rope_type", "default")) != "default":
         found = "several sets of RoPE parameters" if len(checkpoint.rope) != 1 else f"RoPE of type {kind!r}"
         raise ValueError(
-            f"The method {method!r} scales a plain RoPE, and {report.model} has {found}. Leave --method {method} out."
+            f"The method {name!r} scales a plain RoPE, and {report.model} has {found}. Leave --method {name} out."
         )
     factor = served / length
-    rope: dict[str, Any] = {**checkpoint.rope[0], "rope_type": method, "factor": factor}
-    if method == "yarn":
+    rope: dict[str, Any] = {**checkpoint.rope[0], "rope_type": name, "factor": factor}
+    if name == "yarn":
         rope["original_max_position_embeddings"] = length
-    elif method == "dynamic":
+    elif name == "dynamic":
         # The formula's `factor` is for the length a user aims at, and here that is the server's: 1 makes it the
         # authors' NTK-aware base. Without `max_trained_positions` vLLM takes the longer length for the trained one.
         rope |= {"factor": 1.0, "max_trained_positions": length}
-    elif method == "linear":
+    elif name == "linear":
         # vLLM's table has the config's length times the factor.
         while int(length * rope["factor"]) < served:
             rope["factor"] = math.nextafter(rope["factor"], math.inf)

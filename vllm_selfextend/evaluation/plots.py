@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from ..method.positions import GroupSize
 from .intervals import mean
 from .loss import BLOCK
-from .methods import METHODS
+from .methods import Method
 from .prompts import Row
-from .summary import block_losses, column, group_sizes_of, passkey_share
+from .ruler import RULER_TASKS
+from .summary import block_losses, column, group_sizes_of, passkey_share, ruler_groups, ruler_score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ CURVE_STEP = 1024
 """Positions whose losses make one point of a curve, where the text has several of them."""
 
 
-def plot_passkeys(rows: Sequence[Row], methods: Sequence[str], trained_length: int, path: Path) -> None:
+def plot_passkeys(rows: Sequence[Row], methods: Sequence[Method], trained_length: int, path: Path) -> None:
     """A heat map of the keys found, depth over length: a panel per method and number of keys."""
     rows = [row for row in rows if row["task"] == "passkey"]
     lengths, depths, key_counts = (column(rows, key) for key in ("length", "depth", "num_keys"))
@@ -32,12 +33,12 @@ def plot_passkeys(rows: Sequence[Row], methods: Sequence[str], trained_length: i
     for panels, num_keys in zip(grid, key_counts, strict=True):
         for axes, method in zip(panels, methods, strict=True):
             shares = [
-                [_value(passkey_share(rows, method, length=n, depth=depth, num_keys=num_keys)) for n in lengths]
+                [_value(passkey_share(rows, method.name, length=n, depth=depth, num_keys=num_keys)) for n in lengths]
                 for depth in depths
             ]
             _heat_map(axes, shares, lengths, trained_length)
             keys = f", {num_keys} key{'s' if num_keys > 1 else ''}" if len(key_counts) > 1 else ""
-            axes.set_title(f"{METHODS[method].label}{keys}")
+            axes.set_title(f"{method.label}{keys}")
         labelled = range(0, len(depths), max(1, len(depths) // 5))
         panels[0].set_yticks(labelled, [f"{depths[i]:.0%}" for i in labelled])
         panels[0].set_ylabel("depth of the key")
@@ -50,7 +51,7 @@ def plot_passkeys(rows: Sequence[Row], methods: Sequence[str], trained_length: i
     figure.savefig(path, dpi=150)
 
 
-def plot_losses(rows: Sequence[Row], methods: Sequence[str], trained_length: int, path: Path) -> None:
+def plot_losses(rows: Sequence[Row], methods: Sequence[Method], trained_length: int, path: Path) -> None:
     """The mean loss per token over position, a curve per method."""
     rows = [row for row in rows if row["task"] == "loss"]
     length = max(column(rows, "length"))
@@ -58,15 +59,46 @@ def plot_losses(rows: Sequence[Row], methods: Sequence[str], trained_length: int
     figure = Figure(figsize=(8.0, 4.0), layout="constrained")
     axes = figure.subplots()
     for method in methods:
-        steps = ((begin, block_losses(rows, method, begin, begin + step)) for begin in range(0, length, step))
+        steps = ((begin, block_losses(rows, method.name, begin, begin + step)) for begin in range(0, length, step))
         curve = [(begin + step / 2, mean(losses).value) for begin, losses in steps if losses]
-        style: dict[str, Any] = {"color": METHODS[method].color, "marker": METHODS[method].marker}
-        axes.plot(*zip(*curve, strict=True), label=METHODS[method].label, markersize=4, linewidth=1.5, **style)
+        style: dict[str, Any] = {"color": method.color, "marker": method.marker}
+        axes.plot(*zip(*curve, strict=True), label=method.label, markersize=4, linewidth=1.5, **style)
     axes.axvline(trained_length, color="gray", linestyle="--", label=f"trained length, {trained_length:,} tokens")
     axes.set(xlabel="position", ylabel="loss per token (nats)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def plot_ruler(rows: Sequence[Row], methods: Sequence[Method], trained_length: int, path: Path) -> None:
+    """RULER's scores over length, a curve per method with its intervals: a panel per task, and their mean."""
+    rows = [row for row in rows if row["task"] in RULER_TASKS]
+    groups, lengths = ruler_groups(rows), column(rows, "length")
+    columns = min(len(groups), 4)
+    lines = -(-len(groups) // columns)
+    figure = Figure(figsize=(1.0 + 2.8 * columns, 1.1 + 2.3 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
+    for axes, (name, tasks) in zip(grid, groups.items(), strict=False):
+        for place, method in enumerate(methods):
+            scores = {length: ruler_score(rows, method.name, tasks, length) for length in lengths}
+            points = [(lengths.index(length), score) for length, score in scores.items() if score]
+            values = [score.value for _, score in points]
+            errors = [[s.value - s.low for _, s in points], [s.high - s.value for _, s in points]]
+            # Side by side, or equal ones would hide each other.
+            shifted = [at + 0.12 * (place - (len(methods) - 1) / 2) for at, _ in points]
+            style: dict[str, Any] = {"color": method.color, "marker": method.marker, "label": method.label}
+            axes.errorbar(shifted, values, yerr=errors, markersize=5, linewidth=1.2, elinewidth=0.8, **style)
+        axes.axvline(sum(length <= trained_length for length in lengths) - 0.5, color="gray", linestyle="--")
+        axes.set_title(name, fontsize="medium")
+        axes.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
+        axes.set_ylim(-0.05, 1.05)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axes.grid(alpha=0.3)
+    for axes in list(grid)[len(groups) :]:
+        axes.set_axis_off()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.suptitle(f"RULER; trained on {trained_length:,} tokens (dashed line)", fontsize="medium")
     figure.savefig(path, dpi=150)
 
 

@@ -1,12 +1,14 @@
 """What the rows of a run come to: shares of keys found, losses over position."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..method.positions import GroupSize
-from .intervals import Estimate, difference, mean, share
+from .intervals import Estimate, average, difference, mean, share
 from .loss import mean_losses
 from .prompts import Row
+from .ruler import RULER_TASKS
 
 
 def passkey_share(rows: Iterable[Row], method: str, **cell: Any) -> Estimate | None:
@@ -14,6 +16,35 @@ def passkey_share(rows: Iterable[Row], method: str, **cell: Any) -> Estimate | N
     wanted = {"method": method, "task": "passkey", **cell}
     found = [row["found"] for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     return share(sum(found), len(found)) if found else None
+
+
+def ruler_score(rows: Iterable[Row], method: str, tasks: Sequence[str], length: int) -> Estimate | None:
+    """The mean over tasks of a method's scores at a length; None without a score in each."""
+    scores: dict[str, list[float]] = {task: [] for task in tasks}
+    for row in rows:
+        if row["task"] in scores and (row["method"], row["length"]) == (method, length):
+            scores[row["task"]].append(row["score"])
+    if not all(scores.values()):
+        return None
+    return average([share(math.fsum(each), len(each)) for each in scores.values()])
+
+
+def ruler_groups(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """What RULER's scores are given of, by a name for people: each task, and all of them where they are several."""
+    found = {row["task"] for row in rows}
+    tasks = [name for name in RULER_TASKS if name in found]
+    each = {name: [name] for name in tasks}
+    return each | {"mean": tasks} if len(tasks) > 1 else each
+
+
+def share_kept(
+    rows: Sequence[Row], method: str, tasks: Sequence[str], length: int, trained_length: int
+) -> float | None:
+    """A mean score as a share of the unmodified model's at the longest texts within the trained length, if any."""
+    within = [each for each in column(rows, "length") if each <= trained_length]
+    reference = ruler_score(rows, "unmodified", tasks, max(within)) if within else None
+    score = ruler_score(rows, method, tasks, length)
+    return score.value / reference.value if score and reference and reference.value else None
 
 
 def block_losses(rows: Iterable[Row], method: str, begin: int, end: int) -> list[float]:
@@ -54,7 +85,16 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
             if len(ours) == len(blocks) and method != "self-extend":
                 cell["above_self_extend"] = difference(blocks, ours).as_json()
             losses.append(cell)
-    return {"passkey": shares, "loss": losses}
+    asked = [row for row in rows if row["task"] in RULER_TASKS]
+    scores = []
+    for name, tasks in ruler_groups(asked).items():
+        for length in column(asked, "length"):
+            for method in methods:
+                if score := ruler_score(asked, method, tasks, length):
+                    kept = share_kept(asked, method, tasks, length, trained_length)
+                    cell = {"task": name, "length": length, "method": method}
+                    scores.append(cell | score.as_json() | {"kept": kept})
+    return {"passkey": shares, "loss": losses, "ruler": scores}
 
 
 def group_sizes_of(numbers: Iterable[tuple[GroupSize, int]]) -> list[GroupSize]:

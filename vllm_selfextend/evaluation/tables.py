@@ -9,10 +9,10 @@ from rich.table import Table
 
 from ..method.positions import GroupSize
 from .intervals import Estimate, mean
-from .methods import METHODS
+from .methods import Method
 from .prompts import Row
 from .search import Search
-from .summary import block_losses, column, loss_ranges, passkey_share
+from .summary import block_losses, column, loss_ranges, passkey_share, ruler_groups, ruler_score, share_kept
 from .tuning import measure
 
 Column = TypeVar("Column")
@@ -42,32 +42,60 @@ def _width(table: Table, console: Console) -> int:
     return Measurement.get(console, console.options.update(max_width=10_000), table).maximum
 
 
-def passkey_table(rows: Sequence[Row], methods: Sequence[str], title: str) -> Table:
+def passkey_table(rows: Sequence[Row], methods: Sequence[Method], title: str) -> Table:
     """The share of keys found and its interval: a row per length, a column per method."""
     key_counts = column(rows, "num_keys")
     table = Table(title=title)
     table.add_column("tokens", justify="right")
     keys = " / ".join(f"{count} key{'s' if count > 1 else ''}" for count in key_counts)
     for method in methods:
-        table.add_column(f"{METHODS[method].label}\n{keys}", justify="right")
+        table.add_column(f"{method.label}\n{keys}", justify="right")
     for length in column(rows, "length"):
         cells = []
         for method in methods:
-            shares = (passkey_share(rows, method, length=length, num_keys=count) for count in key_counts)
+            shares = (passkey_share(rows, method.name, length=length, num_keys=count) for count in key_counts)
             cells.append(" / ".join(percent(share) if share else "-" for share in shares))
         table.add_row(f"{length:,}", *cells)
     return table
 
 
-def loss_table(rows: Sequence[Row], methods: Sequence[str], trained_length: int) -> Table:
+def loss_table(rows: Sequence[Row], methods: Sequence[Method], trained_length: int) -> Table:
     """The mean loss per token and its interval, within the trained length and past it."""
     table = Table(title="Loss per token (nats)")
     table.add_column("tokens", justify="right")
     for method in methods:
-        table.add_column(METHODS[method].label, justify="right")
+        table.add_column(method.label, justify="right")
     for begin, end in loss_ranges(trained_length, max(column(rows, "length"))):
-        blocks = [block_losses(rows, method, begin, end) for method in methods]
+        blocks = [block_losses(rows, method.name, begin, end) for method in methods]
         table.add_row(f"{begin:,} to {end:,}", *(plus_minus(mean(losses)) if losses else "-" for losses in blocks))
+    return table
+
+
+def ruler_table(rows: Sequence[Row], methods: Sequence[Method], trained_length: int) -> Table:
+    """RULER's scores and their intervals: a row per task and length, and what is kept past the trained length."""
+    lengths = column(rows, "length")
+    table = Table(title="RULER: what was asked for and found")
+    table.add_column("task")
+    table.add_column("tokens", justify="right")
+    for method in methods:
+        table.add_column(method.label, justify="right")
+    groups = ruler_groups(rows)
+    for name, tasks in groups.items():
+        for length in lengths:
+            scores = (ruler_score(rows, method.name, tasks, length) for method in methods)
+            cells = [percent(score) if score else "-" for score in scores]
+            table.add_row(name if length == lengths[0] else "", f"{length:,}", *cells)
+        table.add_section()
+    name, tasks = list(groups.items())[-1]
+    for length in (each for each in lengths if each > trained_length):
+        kept = [share_kept(rows, method.name, tasks, length, trained_length) for method in methods]
+        if any(value is not None for value in kept):
+            first, table.caption = (
+                not table.caption,
+                f"kept: of the unmodified model's {name} within {trained_length:,}",
+            )
+            cells = ["-" if value is None else f"{value:.0%}" for value in kept]
+            table.add_row("kept" if first else "", f"{length:,}", *cells)
     return table
 
 

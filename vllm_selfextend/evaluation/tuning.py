@@ -1,5 +1,6 @@
 """`tune`: the group size and neighbor window that a model reads best with, found by trying them in one engine."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..method.plan import CONFIG_KEY
 from ..method.positions import smallest_group_size
 from .engine import ask, prompt_encoder, running
 from .loss import BLOCK, loss_task, mean_losses
-from .methods import Checkpoint, read_checkpoint
+from .methods import METHODS, Checkpoint, read_checkpoint
 from .passkey import passkey_task
 from .prompts import Prompt, Row, Task
 from .records import write_json
@@ -65,8 +66,9 @@ class Tuning:
 
         """
         search = self.search
+        method = dataclasses.replace(METHODS["self-extend"], settings=self.settings)
         with (
-            running("self-extend", self.checkpoint, self.settings, self.engine_args) as llm,
+            running(method, self.checkpoint, self.engine_args) as llm,
             trying(folder.stderr, seconds) as show,
         ):
 
