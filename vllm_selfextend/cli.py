@@ -44,6 +44,7 @@ class TaskName(str, Enum):
 
     PASSKEY = "passkey"
     LOSS = "loss"
+    ORDER = "order"
     RULER = "ruler"
     NIAH_SINGLE_1 = "niah_single_1"
     NIAH_MULTIKEY_2 = "niah_multikey_2"
@@ -103,8 +104,11 @@ LogScale = Annotated[bool, typer.Option(help="Scale queries past the trained len
 Text = Annotated[list[Path] | None, typer.Option(help="A long text for the loss; without one, Python's own source.")]
 Chat = Annotated[bool | None, typer.Option(help="Ask through the chat template; without either, if there is one.")]
 Depths = Annotated[int, typer.Option(min=1, help="At how many depths of a text keys are hidden.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Prompts per length: of passkeys per depth, of RULER per task.")]
-Seed = Annotated[int, typer.Option(help="Of passkeys and RULER's prompts.")]
+Rounds = Annotated[
+    int,
+    typer.Option(min=1, help="Prompts per length: of passkeys per depth, of RULER per task, of orders two per place."),
+]
+Seed = Annotated[int, typer.Option(help="Of passkeys, orders and RULER's prompts.")]
 EngineArgs = Annotated[str, typer.Option(help="Other arguments of vllm.LLM as JSON.", metavar="JSON")]
 LossLength = Annotated[int | None, typer.Option(min=1, help="How many tokens of each text are read for the loss.")]
 
@@ -235,7 +239,7 @@ def evaluate(
     with _evaluating(output) as folder:
         from .evaluation.comparison import comparison_from_options
         from .evaluation.engine import OWN_ARGUMENTS
-        from .evaluation.tables import loss_table, passkey_table, ruler_table
+        from .evaluation.tables import loss_table, order_table, passkey_table, ruler_table
 
         comparison = comparison_from_options(
             model,
@@ -258,9 +262,10 @@ def evaluate(
         rows, written = comparison.run(folder)
     report = comparison.checkpoint.report
     title = f"Passkeys found, on a server of {report.max_model_len:,} tokens"
-    tables = {
+    tables: dict[tuple[str, ...], Callable[..., Table]] = {
         ("passkey",): functools.partial(passkey_table, title=title),
         ("loss",): functools.partial(loss_table, trained_length=report.trained_length),
+        ("order",): order_table,
         tuple(RULER_NAMES): functools.partial(ruler_table, trained_length=report.trained_length),
     }
     for tasks, table_of in tables.items():

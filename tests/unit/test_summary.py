@@ -11,7 +11,7 @@ from scipy import stats
 from vllm_selfextend.evaluation import methods, plots, tables
 from vllm_selfextend.evaluation.intervals import share
 from vllm_selfextend.evaluation.loss import BLOCK
-from vllm_selfextend.evaluation.summary import block_losses, passkey_share, ruler_score, share_kept, summarize
+from vllm_selfextend.evaluation.summary import block_losses, found_share, ruler_score, share_kept, summarize
 
 NAMES = ("unmodified", "self-extend")
 METHODS = [methods.METHODS[name] for name in NAMES]
@@ -77,10 +77,10 @@ def test_wilsons_interval_is_scipys(found: int) -> None:
 
 def test_shares() -> None:
     rows = passkey_rows()
-    found = passkey_share(rows, "unmodified", length=1024, num_keys=1)
+    found = found_share(rows, "passkey", "unmodified", length=1024, num_keys=1)
     assert found is not None
     assert (found.value, found.low) == (0.0, pytest.approx(0.0))
-    assert passkey_share(rows, "unmodified", length=99) is None
+    assert found_share(rows, "passkey", "unmodified", length=99) is None
 
 
 def test_losses_within_and_past_the_trained_length() -> None:

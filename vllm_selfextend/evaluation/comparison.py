@@ -21,6 +21,7 @@ from .methods import (
     read_checkpoint,
     self_extend_variants,
 )
+from .order import order_task
 from .passkey import doubling_lengths, passkey_task
 from .prompts import Prompt, Row, Task
 from .records import Records, write_json
@@ -157,6 +158,8 @@ def comparison_from_options(
         chosen.append(passkey_task(lengths, depths, keys, rounds, seed, uses_chat=uses_chat))
     if "loss" in tasks:
         chosen.append(loss_task(texts, loss_length, max_model_len))
+    if "order" in tasks:
+        chosen.append(order_task(lengths, checkpoint.report.neighbor_window, rounds, seed))
     chosen += ruler_tasks(tasks, lengths, rounds, seed)
     prompts = [(task, list(task.prompts(encode if task.scores_prompt else encode_chat))) for task in chosen]
     known = METHODS | {"self-extend": dataclasses.replace(METHODS["self-extend"], settings=settings)}
@@ -186,11 +189,12 @@ def _digest(prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def _draw(rows: Sequence[Row], methods: Sequence[Method], trained_length: int, folder: Path) -> Iterator[Path]:
-    from .plots import plot_losses, plot_passkeys, plot_ruler
+    from .plots import plot_losses, plot_order, plot_passkeys, plot_ruler
 
     pictures = (
         (("passkey",), "passkeys.png", plot_passkeys),
         (("loss",), "loss.png", plot_losses),
+        (("order",), "order.png", plot_order),
         (tuple(RULER_TASKS), "ruler.png", plot_ruler),
     )
     for tasks, name, plot in pictures:

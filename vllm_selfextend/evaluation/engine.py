@@ -67,16 +67,17 @@ def ask(llm: "LLM", task: Task, prompts: Iterable[Prompt], on_answer: Callable[[
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
-    sampling = SamplingParams(
-        temperature=0.0,
-        max_tokens=task.answer_tokens,
-        prompt_logprobs=0 if task.scores_prompt else None,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
     waiting = {prompt.name: prompt for prompt in prompts}
     engine = llm.llm_engine
     try:
         for name, prompt in waiting.items():
+            sampling = SamplingParams(
+                temperature=0.0,
+                max_tokens=task.answer_tokens,
+                prompt_logprobs=0 if task.scores_prompt else None,
+                logprob_token_ids=list(prompt.choices) or None,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
             engine.add_request(name, TokensPrompt(prompt_token_ids=prompt.token_ids), sampling)
         while engine.has_unfinished_requests():
             for output in engine.step():

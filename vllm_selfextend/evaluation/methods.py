@@ -12,7 +12,7 @@ from ..method.rope import rope_parameters
 from ..vllm.report import PlanReport, plan_report_and_config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Method:
     """A method, and how people are shown it.
 

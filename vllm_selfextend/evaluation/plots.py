@@ -1,6 +1,6 @@
 """The numbers as pictures: heat maps of depth over length, losses over position."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,12 +8,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ..method.positions import GroupSize
-from .intervals import mean
+from .intervals import Estimate, mean
 from .loss import BLOCK
 from .methods import Method
 from .prompts import Row
 from .ruler import RULER_TASKS
-from .summary import block_losses, column, group_sizes_of, passkey_share, ruler_groups, ruler_score
+from .summary import block_losses, column, found_share, group_sizes_of, ruler_groups, ruler_score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,10 @@ def plot_passkeys(rows: Sequence[Row], methods: Sequence[Method], trained_length
     for panels, num_keys in zip(grid, key_counts, strict=True):
         for axes, method in zip(panels, methods, strict=True):
             shares = [
-                [_value(passkey_share(rows, method.name, length=n, depth=depth, num_keys=num_keys)) for n in lengths]
+                [
+                    _value(found_share(rows, "passkey", method.name, length=n, depth=depth, num_keys=num_keys))
+                    for n in lengths
+                ]
                 for depth in depths
             ]
             _heat_map(axes, shares, lengths, trained_length)
@@ -71,6 +74,29 @@ def plot_losses(rows: Sequence[Row], methods: Sequence[Method], trained_length: 
     figure.savefig(path, dpi=150)
 
 
+def plot_order(rows: Sequence[Row], methods: Sequence[Method], trained_length: int, path: Path) -> None:
+    """Orders told right over distance, a curve per method with its intervals: a panel per length and gap."""
+    rows = [row for row in rows if row["task"] == "order"]
+    lengths, gaps, distances = (column(rows, key) for key in ("length", "gap", "distance"))
+    figure = Figure(figsize=(1.0 + 2.8 * len(gaps), 1.1 + 2.3 * len(lengths)), layout="constrained")
+    grid = figure.subplots(len(lengths), len(gaps), squeeze=False, sharex=True, sharey=True)
+    for panels, length in zip(grid, lengths, strict=True):
+        for axes, gap in zip(panels, gaps, strict=True):
+            shares = {
+                method: [found_share(rows, "order", method.name, length=length, distance=d, gap=gap) for d in distances]
+                for method in methods
+            }
+            _curves(axes, shares)
+            axes.axhline(0.5, color="gray", linestyle=":")
+            axes.set_title(f"{_short(length)} tokens, {gap:,} between", fontsize="medium")
+            axes.set_xticks(range(len(distances)), [f"{d:,}" for d in distances])
+        panels[0].set_ylabel("told right")
+    for axes in grid[-1]:
+        axes.set_xlabel("tokens before the end")
+    _legend(figure, f"Which was said first; trained on {trained_length:,} tokens, a guess is right half the time")
+    figure.savefig(path, dpi=150)
+
+
 def plot_ruler(rows: Sequence[Row], methods: Sequence[Method], trained_length: int, path: Path) -> None:
     """RULER's scores over length, a curve per method with its intervals: a panel per task, and their mean."""
     rows = [row for row in rows if row["task"] in RULER_TASKS]
@@ -80,25 +106,13 @@ def plot_ruler(rows: Sequence[Row], methods: Sequence[Method], trained_length: i
     figure = Figure(figsize=(1.0 + 2.8 * columns, 1.1 + 2.3 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
     for axes, (name, tasks) in zip(grid, groups.items(), strict=False):
-        for place, method in enumerate(methods):
-            scores = {length: ruler_score(rows, method.name, tasks, length) for length in lengths}
-            points = [(lengths.index(length), score) for length, score in scores.items() if score]
-            values = [score.value for _, score in points]
-            errors = [[s.value - s.low for _, s in points], [s.high - s.value for _, s in points]]
-            # Side by side, or equal ones would hide each other.
-            shifted = [at + 0.12 * (place - (len(methods) - 1) / 2) for at, _ in points]
-            style: dict[str, Any] = {"color": method.color, "marker": method.marker, "label": method.label}
-            axes.errorbar(shifted, values, yerr=errors, markersize=5, linewidth=1.2, elinewidth=0.8, **style)
+        _curves(axes, {method: [ruler_score(rows, method.name, tasks, n) for n in lengths] for method in methods})
         axes.axvline(sum(length <= trained_length for length in lengths) - 0.5, color="gray", linestyle="--")
         axes.set_title(name, fontsize="medium")
         axes.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
-        axes.set_ylim(-0.05, 1.05)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.grid(alpha=0.3)
     for axes in list(grid)[len(groups) :]:
         axes.set_axis_off()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
-    figure.suptitle(f"RULER; trained on {trained_length:,} tokens (dashed line)", fontsize="medium")
+    _legend(figure, f"RULER; trained on {trained_length:,} tokens (dashed line)")
     figure.savefig(path, dpi=150)
 
 
@@ -128,6 +142,27 @@ def plot_numbers(
     axes.set(xlabel="group size G", ylabel="neighbor window W (tokens)")
     figure.colorbar(image, ax=axes).set_label(label)
     figure.savefig(path, dpi=150)
+
+
+def _curves(axes: "Axes", estimates: Mapping[Method, Sequence[Estimate | None]]) -> None:
+    """A curve of shares per method with their intervals, side by side, or equal ones would hide each other."""
+    for place, (method, values) in enumerate(estimates.items()):
+        points = [(at, estimate) for at, estimate in enumerate(values) if estimate]
+        shifted = [at + 0.12 * (place - (len(estimates) - 1) / 2) for at, _ in points]
+        errors = [[one.value - one.low for _, one in points], [one.high - one.value for _, one in points]]
+        style: dict[str, Any] = {"color": method.color, "marker": method.marker, "label": method.label}
+        shown = [one.value for _, one in points]
+        axes.errorbar(shifted, shown, yerr=errors, markersize=5, linewidth=1.2, elinewidth=0.8, **style)
+    axes.set_ylim(-0.05, 1.05)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(alpha=0.3)
+
+
+def _legend(figure: Figure, title: str) -> None:
+    """One for all panels, below them, and the title above."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(labels) > 3 else 3)
+    figure.suptitle(title, fontsize="medium")
 
 
 def _heat_map(axes: "Axes", shares: list[list[float]], lengths: Sequence[int], trained_length: int) -> None:

@@ -23,7 +23,8 @@ class Prompt:
         cell: Where it belongs in the task's tables, `length` in tokens (room for the answer included) among others.
         text: For people; without the chat template.
         token_ids: What vLLM is given.
-        expected: The right answer, if there is one.
+        expected: The right answer, if there is one; of several parts, a line each.
+        choices: Tokens whose log-probabilities at the beginning of the answer are wanted.
 
     """
 
@@ -32,6 +33,7 @@ class Prompt:
     text: str
     token_ids: list[int]
     expected: str | None = None
+    choices: tuple[int, ...] = ()
 
 
 class Task(Protocol):

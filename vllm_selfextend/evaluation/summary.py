@@ -11,9 +11,9 @@ from .prompts import Row
 from .ruler import RULER_TASKS
 
 
-def passkey_share(rows: Iterable[Row], method: str, **cell: Any) -> Estimate | None:
-    """The share of keys that a method found in the rows of a cell (`length`, `num_keys`, `depth`); None without any."""
-    wanted = {"method": method, "task": "passkey", **cell}
+def found_share(rows: Iterable[Row], task: str, method: str, **cell: Any) -> Estimate | None:
+    """The share that a method found in a task's rows of a cell (`length`, `depth` and so on); None without any."""
+    wanted = {"method": method, "task": task, **cell}
     found = [row["found"] for row in rows if all(row.get(key) == value for key, value in wanted.items())]
     return share(sum(found), len(found)) if found else None
 
@@ -54,6 +54,11 @@ def block_losses(rows: Iterable[Row], method: str, begin: int, end: int) -> list
     return [loss for first, stop, loss in blocks if begin <= first and stop <= end]
 
 
+def order_cells(rows: Iterable[Row]) -> list[tuple[int, int, int]]:
+    """Length, distance and gap of every cell of the order task, sorted."""
+    return sorted({(row["length"], row["distance"], row["gap"]) for row in rows})
+
+
 def column(rows: Iterable[Row], key: str) -> list[Any]:
     """The different values that rows have for a key, sorted."""
     return sorted({row[key] for row in rows if key in row})
@@ -71,7 +76,7 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
     for length in column(passkeys, "length"):
         for num_keys in column(passkeys, "num_keys"):
             for method in methods:
-                if found := passkey_share(passkeys, method, length=length, num_keys=num_keys):
+                if found := found_share(passkeys, "passkey", method, length=length, num_keys=num_keys):
                     cell = {"length": length, "num_keys": num_keys, "method": method}
                     shares.append(cell | found.as_json())
     scored = [row for row in rows if row["task"] == "loss"]
@@ -94,7 +99,15 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
                     kept = share_kept(asked, method, tasks, length, trained_length)
                     cell = {"task": name, "length": length, "method": method}
                     scores.append(cell | score.as_json() | {"kept": kept})
-    return {"passkey": shares, "loss": losses, "ruler": scores}
+    told = [row for row in rows if row["task"] == "order"]
+    orders = []
+    for length, distance, gap in order_cells(told):
+        for method in methods:
+            cell = {"length": length, "distance": distance, "gap": gap}
+            if right := found_share(told, "order", method, **cell):
+                margins = [row["margin"] for row in told if row["method"] == method and cell.items() <= row.items()]
+                orders.append(cell | {"method": method} | right.as_json() | {"margin": mean(margins).as_json()})
+    return {"passkey": shares, "loss": losses, "ruler": scores, "order": orders}
 
 
 def group_sizes_of(numbers: Iterable[tuple[GroupSize, int]]) -> list[GroupSize]:

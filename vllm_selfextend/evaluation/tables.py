@@ -12,7 +12,7 @@ from .intervals import Estimate, mean
 from .methods import Method
 from .prompts import Row
 from .search import Search
-from .summary import block_losses, column, loss_ranges, passkey_share, ruler_groups, ruler_score, share_kept
+from .summary import block_losses, column, found_share, loss_ranges, order_cells, ruler_groups, ruler_score, share_kept
 from .tuning import measure
 
 Column = TypeVar("Column")
@@ -53,7 +53,7 @@ def passkey_table(rows: Sequence[Row], methods: Sequence[Method], title: str) ->
     for length in column(rows, "length"):
         cells = []
         for method in methods:
-            shares = (passkey_share(rows, method.name, length=length, num_keys=count) for count in key_counts)
+            shares = (found_share(rows, "passkey", method.name, length=length, num_keys=count) for count in key_counts)
             cells.append(" / ".join(percent(share) if share else "-" for share in shares))
         table.add_row(f"{length:,}", *cells)
     return table
@@ -68,6 +68,22 @@ def loss_table(rows: Sequence[Row], methods: Sequence[Method], trained_length: i
     for begin, end in loss_ranges(trained_length, max(column(rows, "length"))):
         blocks = [block_losses(rows, method.name, begin, end) for method in methods]
         table.add_row(f"{begin:,} to {end:,}", *(plus_minus(mean(losses)) if losses else "-" for losses in blocks))
+    return table
+
+
+def order_table(rows: Sequence[Row], methods: Sequence[Method]) -> Table:
+    """The share of orders told right and its interval: a row per length, distance and gap."""
+    table = Table(title="Which was said first (a guess is right half the time)")
+    for name in ("tokens", "before the end", "between"):
+        table.add_column(name, justify="right")
+    for method in methods:
+        table.add_column(method.label, justify="right")
+    for length, distance, gap in order_cells(rows):
+        cell = {"length": length, "distance": distance, "gap": gap}
+        shares = (found_share(rows, "order", method.name, **cell) for method in methods)
+        table.add_row(
+            f"{length:,}", f"{distance:,}", f"{gap:,}", *(percent(share) if share else "-" for share in shares)
+        )
     return table
 
 
