@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: help install demo evaluate models check test test-slow test-ray test-gpu dist test-dist lint sanitize benchmark
+.PHONY: help install demo evaluate ruler models check test test-slow test-ray test-gpu dist test-dist lint sanitize benchmark
 .PHONY: format train clean
 
 help:  ## this list
@@ -40,6 +40,9 @@ demo: .venv/.serving  ## a model trained on 256 tokens finds keys in 4,096; inst
 
 evaluate: install  ## Self-Extend, YaRN and the unmodified model compared on a real model
 	@$(BIN)/python -m benchmarks.real_model
+
+ruler: install  ## six of RULER's tasks on that model
+	@$(BIN)/python -m benchmarks.real_model_ruler
 
 models: install  ## prove or refuse every decoder architecture of vLLM's, and write docs/models.md
 	@$(BIN)/python -m benchmarks.model_proof --docs

@@ -30,14 +30,17 @@ def main(
     model = folder / "SmolLM2-135M-Instruct"
     if not model.exists():
         fetch(model)
-    # Processors without instructions for bfloat16 are many times slower at it.
-    dtype = "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
-    shared = ["--depths", str(depths), "--loss-length", str(MIDDLE), "--engine-args", f'{{"dtype": "{dtype}"}}']
+    shared = ["--depths", str(depths), "--loss-length", str(MIDDLE), "--engine-args", f'{{"dtype": "{dtype()}"}}']
     lengths = [f"--length={length}" for length in LENGTHS]
     evaluate(model, folder / f"server-{LENGTHS[-1]}", ["--max-model-len", str(LENGTHS[-1]), *lengths, *shared])
     long = ["--max-model-len", str(MIDDLE), "--served-length", str(LONG_SERVER), "--length", "12288"]
     methods = ["--method", "yarn", "--method", "self-extend"]
     evaluate(model, folder / f"server-{LONG_SERVER}", [*long, *methods, *shared])
+
+
+def dtype() -> str:
+    """What this processor is fast at: without instructions for bfloat16 that is many times slower."""
+    return "bfloat16" if torch.cpu.get_capabilities().get("avx512_bf16") else "float32"
 
 
 def evaluate(model: Path, output: Path, options: list[str]) -> None:

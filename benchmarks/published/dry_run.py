@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ def save_model(config: Mapping[str, Any], folder: Path) -> str:
     return str(path)
 
 
-def stand_ins(tasks: Sequence[str], folder: Path) -> tuple[Sequence[str], list[Any]]:
+def stand_ins(tasks: list[str], folder: Path) -> tuple[list[str], list[Any]]:
     """Of tasks, those that need no network, or all with a document; their names, and what to load."""
     if found := [task for task in tasks if task in WITHOUT_DATA]:
         return found, list(found)

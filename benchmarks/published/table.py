@@ -175,10 +175,10 @@ def measure(
     overrides = dict(table.hf_overrides)
     arguments: dict[str, Any] = {}
     if method is not METHODS["unmodified"]:  # which is the checkpoint as it is
-        length = {"trained_length": table.trained_length} if table.trained_length else {}
+        trained = {"trained_length": table.trained_length} if table.trained_length else {}
         if method.settings is not None:
-            method = dataclasses.replace(method, settings={**length, **method.settings})
-        checkpoint = read_checkpoint(model, table.max_model_len, length, {**engine_args, "hf_overrides": overrides})
+            method = dataclasses.replace(method, settings={**trained, **method.settings})
+        checkpoint = read_checkpoint(model, table.max_model_len, trained, {**engine_args, "hf_overrides": overrides})
         arguments = engine_arguments(method, checkpoint)
     lm = get_model("vllm")(
         pretrained=model,
@@ -188,17 +188,18 @@ def measure(
         **{**arguments, "hf_overrides": {**overrides, **arguments.get("hf_overrides", {})}},
         **engine_args,
     )
+    columns = [one for one in table.columns if one.name in line.published or table.has_mean or not line.published]
     found = {}
-    for column in table.columns:
-        if line.published and not table.has_mean and column.name not in line.published:
-            continue
-        names, tasks = (column.tasks, list(column.tasks)) if dry is None else stand_ins(column.tasks, dry)
-        lengths = {} if column.length is None else {"max_seq_lengths": [column.length]}
-        results = simple_evaluate(
-            lm, tasks=tasks, limit=limit, metadata={"pretrained": model, **lengths}, bootstrap_iters=0
-        )
-        metric = "score" if column.length is None else str(column.length)
-        found[column.name] = 100 * fmean(results["results"][name][f"{metric},none"] for name in names)
+    for length in dict.fromkeys(column.length for column in columns):  # the harness has one for all it is asked at once
+        together = [column for column in columns if column.length == length]
+        names = [task for column in together for task in column.tasks]
+        names, tasks = (names, list(names)) if dry is None else stand_ins(names, dry)
+        lengths = {} if length is None else {"max_seq_lengths": [length]}
+        about = {"pretrained": model, **lengths}
+        results = simple_evaluate(lm, tasks=tasks, limit=limit, metadata=about, bootstrap_iters=0)["results"]
+        metric = "score,none" if length is None else f"{length},none"
+        for column in together:
+            found[column.name] = 100 * fmean(results[task][metric] for task in column.tasks if task in names)
     lm.model.llm_engine.engine_core.shutdown(timeout=30)
     if table.has_mean:
         found["mean"] = fmean(found.values())
@@ -209,13 +210,11 @@ def show(table: Published, found: Mapping[str, Mapping[str, float]]) -> None:
     """Print what was published beside what was measured."""
     screen = ScreenTable(title=f"{table.title}: published / measured", caption=table.source)
     screen.add_column("")
-    names = [column.name for column in table.columns] + ["mean"] * table.has_mean
-    for name in names:
-        screen.add_column(name, justify="right")
     for line in table.lines:
-        measured = found.get(line.name, {})
-        cells = (f"{_number(line.published.get(name))} / {_number(measured.get(name))}" for name in names)
-        screen.add_row(line.name, *cells)
+        screen.add_column(line.name, justify="right")
+    for name in [column.name for column in table.columns] + ["mean"] * table.has_mean:
+        numbers = ((line.published.get(name), found.get(line.name, {}).get(name)) for line in table.lines)
+        screen.add_row(name, *(f"{_number(published)} / {_number(measured)}" for published, measured in numbers))
     Console().print(screen)
 
 

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer
 
 from tests.support.oracle import SelfExtend
 from vllm_selfextend.demo import MODEL_DIR
+from vllm_selfextend.evaluation.engine import ask
+from vllm_selfextend.evaluation.order import CITIES, OrderTask
 from vllm_selfextend.evaluation.passkey import COMPLETED
 from vllm_selfextend.evaluation.summary import block_losses
 
@@ -89,6 +91,53 @@ def test_losses_are_those_of_transformers(whole: tuple[Path, str], texts: list[P
         assert means[method] == pytest.approx(wanted, abs=1e-4)
     assert means["self-extend"][::4] == pytest.approx(means["unmodified"][::4], abs=1e-4), "within the trained length"
     assert means["self-extend"][1::4] != pytest.approx(means["unmodified"][1::4], abs=1e-2)
+
+
+def test_rulers_tasks_and_another_self_extend(tmp_path: Path) -> None:
+    """The demo's model knows none of the words, and scores nothing; what is seen is that all is asked and kept."""
+    variant = '{"group_size": 16, "log_scale": false}'
+    options = ["--max-model-len", "2048", "--length", "2048", "--rounds", "2", "--method", "self-extend", "--no-chat"]
+    options += ["--task", "niah_single_1", "--task", "ruler_vt", "--self-extend", variant]
+    options += ["--engine-args", '{"dtype": "float32"}', "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "vllm_selfextend", "evaluate", str(MODEL_DIR), *options]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    names = ["self-extend", f"self-extend {variant}"]
+    assert results["settings"]["methods"] == names
+    asked = [(row["method"], row["task"], row["length"], row["round"]) for row in results["answers"]]
+    tasks = "niah_single_1", "ruler_vt"
+    assert asked == [(name, task, 2048, turn) for name in names for task in tasks for turn in range(2)]
+    assert all(0 <= row["score"] <= 1 and len(row["answer"]) > 0 for row in results["answers"])
+    summary = [(cell["task"], cell["method"]) for cell in results["summary"]["ruler"]]
+    assert summary == [(task, name) for task in (*tasks, "mean") for name in names]
+    shown = " ".join(done.stdout.split())
+    for text in ("RULER: what was asked for and found", "niah_single_1", "Self-Extend, group_size 16, log_scale false"):
+        assert text in shown
+    assert (tmp_path / "ruler.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "vllm.log").read_text().count("Self-Extend: trained length 256") == 2
+    assert len({line.split()[0] for line in done.stderr.splitlines() if line}) <= 2, (
+        "the bars, and nothing of the harness"
+    )
+
+
+def test_the_order_tasks_margins_are_the_oracles(start_engine: Callable, oracle: Callable) -> None:
+    def encode(text: str, answer_begins: str) -> list[int]:
+        """Some token of the model's for each word, another for each city."""
+        words = f"{text} {answer_begins}".split()
+        return [3 + CITIES.index(word) if word in CITIES else 20 + len(word) for word in words]
+
+    task = OrderTask((600,), distances=(40, 400), gaps=(0, 60))
+    prompts = list(task.prompts(encode))
+    llm = start_engine(MODEL_DIR, dtype="float32", max_model_len=600, attention_backend="CUSTOM")
+    rows: dict[str, dict] = {}
+    ask(llm, task, prompts, lambda prompt, row: rows.update({prompt.name: row}))
+    wanted = oracle(str(MODEL_DIR), [prompt.token_ids for prompt in prompts], SelfExtend("auto", 64, exact_len=256))
+    for prompt, logprobs in zip(prompts, wanted, strict=True):
+        first, second = (float(logprobs[-1, token]) for token in prompt.choices)
+        assert rows[prompt.name]["margin"] == pytest.approx(first - second, abs=1e-3)
+        assert rows[prompt.name]["found"] == (first > second)
+    assert len({row["margin"] for row in rows.values()}) == len(rows) == 8
 
 
 def broken_off(
