@@ -3,7 +3,7 @@
 Each row has other numbers for it: `T`, the share of the trained length that relative positions stay below, and the
 significant bits of a group size (3: four steps to each doubling); with `log_scale` or without, and beside it one group
 size for all positions. What is measured: passkeys that the demo's model misses, and the loss of MODEL past its trained
-length, on the texts that `vllm-selfextend evaluate` takes. Every row is a process of its own.
+length, on the texts that `vllm-selfextend evaluate` takes or on your own. Every row is a process of its own.
 """
 
 import json
@@ -28,7 +28,7 @@ ROUNDS = 3
 def main(
     model: Annotated[str, typer.Argument(help="of which the loss is measured")],
     length: Annotated[int, typer.Option(help="tokens of each text")] = 16384,
-    text: Annotated[list[str] | None, typer.Option(help="which of the texts; all of them without it")] = None,
+    text: Annotated[list[Path] | None, typer.Option(help="a long text; without one, those of `evaluate`")] = None,
     group_size: Annotated[list[int] | None, typer.Option(help="one for all positions, W 1,024, as the control")] = None,
     keys: Annotated[bool, typer.Option(help="the demo's passkeys too")] = True,
     dtype: Annotated[str, typer.Option(help="of the loss")] = "bfloat16",
@@ -38,7 +38,14 @@ def main(
     fixed = [{"group_size": one, "log_scale": log_scale} for one in group_size or () for log_scale in (True, False)]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
     for row in ROWS + fixed:
-        asked = {**row, "model": model, "length": length, "texts": text, "keys": keys, "dtype": dtype}
+        asked = {
+            **row,
+            "model": model,
+            "length": length,
+            "texts": [str(one) for one in text or ()],
+            "keys": keys,
+            "dtype": dtype,
+        }
         command = [sys.executable, "-m", "benchmarks.group_size_rule", "--row", json.dumps(asked)]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         line = done.stdout.splitlines()[-1]
@@ -84,12 +91,11 @@ def missed_keys(settings: dict[str, Any]) -> dict[str, str]:
 def losses(asked: dict[str, Any], settings: dict[str, Any]) -> dict[str, float]:
     """Per token, by text."""
     from vllm_selfextend.evaluation.engine import prompt_encoder
-    from vllm_selfextend.evaluation.loss import LossTask, mean_losses, standard_library_texts
+    from vllm_selfextend.evaluation.loss import loss_task, mean_losses
     from vllm_selfextend.vllm.report import plan_report
 
     trained = plan_report(asked["model"], asked["length"], {}).trained_length
-    texts = standard_library_texts()
-    task = LossTask({name: texts[name] for name in asked["texts"] or texts}, asked["length"])
+    task = loss_task([Path(name) for name in asked["texts"]], asked["length"], asked["length"])
     _, encode, _ = prompt_encoder(asked["model"], {}, chat=False)
     window = {"neighbor_window": 1024} if "group_size" in settings else {}
     found = {}

@@ -62,6 +62,13 @@ def test_the_search_goes_to_where_it_is_best() -> None:
     assert search_from(auto_is_like=9).best[0] in ("auto", 9)
 
 
+def test_other_windows_of_the_default_are_tried_even_if_it_is_not_the_best() -> None:
+    one = search(8192, 32768)
+    one.run(lambda numbers: [2.0 if numbers[0] == "auto" else 1.0], 60.0)
+    assert list(one.costs)[:3] == [("auto", 1024), ("auto", 512), ("auto", 2048)], "half of L is past what it allows"
+    assert ("auto", 4096) not in one.costs
+
+
 def test_where_no_group_size_is_automatic() -> None:
     """As `tune --no-exact-short` does."""
     one = Search(256, 1024, (6, 64))

@@ -73,6 +73,8 @@ class Search:
 
     def _coarse(self) -> Iterator[Numbers]:
         windows = sorted({*(max(1, round(self.trained_length * share)) for share in WINDOW_SHARES), self.auto[1]})
+        if self.auto[0] == "auto":
+            yield from (("auto", window) for window in windows)
         for factor, window in product(GROUP_FACTORS, windows):
             least = smallest_group_size(self.trained_length, window, self.max_model_len)
             if least is not None:
