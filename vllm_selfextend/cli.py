@@ -104,11 +104,8 @@ LogScale = Annotated[bool, typer.Option(help="Scale queries past the trained len
 Text = Annotated[list[Path] | None, typer.Option(help="A long text for the loss; without one, Python's own source.")]
 Chat = Annotated[bool | None, typer.Option(help="Ask through the chat template; without either, if there is one.")]
 Depths = Annotated[int, typer.Option(min=1, help="At how many depths of a text keys are hidden.")]
-Rounds = Annotated[
-    int,
-    typer.Option(min=1, help="Prompts per length: of passkeys per depth, of RULER per task, of orders two per place."),
-]
-Seed = Annotated[int, typer.Option(help="Of passkeys, orders and RULER's prompts.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Passkey prompts per length and depth.")]
+Seed = Annotated[int, typer.Option(help="Of the passkeys.")]
 EngineArgs = Annotated[str, typer.Option(help="Other arguments of vllm.LLM as JSON.", metavar="JSON")]
 LossLength = Annotated[int | None, typer.Option(min=1, help="How many tokens of each text are read for the loss.")]
 
@@ -216,7 +213,9 @@ def evaluate(
     ] = None,
     depths: Depths = 5,
     keys: Annotated[int, typer.Option(min=1, max=6, help="How many keys a text hides, one of which is asked for.")] = 1,
-    rounds: Rounds = 1,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Prompts per length: keys per depth, RULER's per task, two orders per place.")
+    ] = 1,
     loss_length: LossLength = None,
     text: Text = None,
     chat: Chat = None,
@@ -225,13 +224,13 @@ def evaluate(
     trained_length: TrainedLength = None,
     exact_short: ExactShort = True,
     log_scale: LogScale = True,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Of the prompts.")] = 0,
     engine_args: EngineArgs = "{}",
     output: Annotated[
         Path | None, typer.Option(help="Keep every answer, results.json and pictures here; a broken-off run goes on.")
     ] = None,
 ) -> None:
-    """Compare Self-Extend with the unmodified model and with what vLLM has: keys found, and loss over position."""
+    """Compare Self-Extend with the unmodified model and with what vLLM has: keys, loss over position, RULER, order."""
     settings = _settings(group_size, neighbor_window, trained_length, exact_short, log_scale)
     names = [one for each in task for one in (RULER_NAMES if each is TaskName.RULER else [each])]
     if set(names) & set(RULER_NAMES):

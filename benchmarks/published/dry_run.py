@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ def save_model(config: Mapping[str, Any], folder: Path) -> str:
     return str(path)
 
 
-def stand_ins(tasks: list[str], folder: Path) -> tuple[list[str], list[Any]]:
-    """Of tasks, those that need no network, or all with a document; their names, and what to load."""
+def stand_ins(tasks: Sequence[str], folder: Path) -> list[Any]:
+    """What the harness is to load: of tasks those that need no network, or all with a document that is here."""
     if found := [task for task in tasks if task in WITHOUT_DATA]:
-        return found, list(found)
+        return list(found)
     path = folder / "documents.json"
     path.write_text(json.dumps(DOCUMENT))
     data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(path)}}}
-    return tasks, [{"group": "with_a_document", "task": [{"task": task, **data} for task in tasks]}]
+    return [{"group": "with_a_document", "task": [{"task": task, **data} for task in tasks]}]

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table as ScreenTable
 from vllm_selfextend.evaluation.methods import METHODS, Method, engine_arguments, read_checkpoint
 
 from .dry_run import ENGINE_ARGS, save_model, stand_ins
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 RULER = (
     *(f"niah_single_{number}" for number in (1, 2, 3)),
@@ -75,7 +78,7 @@ class Published:
         model: The checkpoint's name on the Hugging Face hub.
         config: What decides of a checkpoint's config how positions are read, for the dry run; `architectures` too.
         max_model_len: Tokens of the longest prompt and its answer.
-        columns: Of the numbers.
+        columns: Of the numbers. Those of one length are asked together.
         lines: Of the methods.
         trained_length: Where it is not what the config says, tokens.
         hf_overrides: Changes of the config that the authors made.
@@ -118,58 +121,75 @@ def run(table: Published) -> None:
         model: Annotated[str, typer.Option(help="The weights: a folder, or a name on the hub.")] = table.model,
         limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each task; without it, all.")] = None,
         engine_args: Annotated[str, typer.Option(help="Other arguments of vllm.LLM as JSON.", metavar="JSON")] = "{}",
-        json_path: Annotated[Path | None, typer.Option("--json", help="Append each number here.")] = None,
+        json_path: Annotated[Path | None, typer.Option("--json", help="Append each number here as it comes.")] = None,
         dry_run: Annotated[bool, typer.Option(help="Try it on a random model of the same kind.")] = False,
     ) -> None:
         arguments = json.loads(engine_args)
+        found: dict[tuple[str, str], float] = {}
         with tempfile.TemporaryDirectory() as folder:
             dry = Path(folder) if dry_run else None
             weights = model
             if dry is not None:
                 weights, limit, arguments = save_model(table.config, dry), 1, ENGINE_ARGS | arguments
-            found = {
-                line.name: measure(table, line, line.method, weights, limit, arguments, dry)
-                for line in table.lines
-                if line.method is not None
-            }
+            data = Data(weights, dry)
+            for line in table.lines:
+                if line.method is None:
+                    continue
+                for name, value in measure(table, line, line.method, data, limit, arguments):
+                    found[line.name, name] = value
+                    if json_path is not None:
+                        about = {"table": table.title, "model": weights, "limit": limit, "line": line.name}
+                        numbers = {"column": name, "published": line.published.get(name), "measured": value}
+                        with json_path.open("a") as file:
+                            print(json.dumps(about | numbers), file=file)
         show(table, found)
         if dry_run:
             print("A dry run: the model is random, and no number says anything.")
-            return
-        if json_path is not None:
-            with json_path.open("a") as file:
-                for line in table.lines:
-                    for name, value in found.get(line.name, {}).items():
-                        about = {"table": table.title, "model": model, "limit": limit, "line": line.name}
-                        numbers = {"column": name, "published": line.published.get(name), "measured": value}
-                        print(json.dumps(about | numbers), file=file)
 
     main.__doc__ = f"{table.title}: {table.source}"
     typer.run(main)
 
 
+@dataclass
+class Data:
+    """The harness's tasks, made once for all lines: the same prompts for each, and long ones take long to make.
+
+    Attributes:
+        model: The weights, whose tokenizer counts RULER's prompts.
+        dry: In a dry run a folder for made-up data; None has the harness's.
+
+    """
+
+    model: str
+    dry: Path | None
+    _made: dict[tuple[int | None, tuple[str, ...]], dict[str, "Task"]] = field(default_factory=dict)
+
+    def tasks(self, names: Sequence[str], length: int | None) -> dict[str, "Task"]:
+        """Tasks by their names, of RULER's at a length; in a dry run those that can be had."""
+        key = length, tuple(names)
+        if key not in self._made:
+            from lm_eval.tasks import TaskManager
+
+            lengths = {} if length is None else {"max_seq_lengths": [length]}
+            manager = TaskManager(metadata={"pretrained": self.model, **lengths})
+            self._made[key] = manager.load(list(names) if self.dry is None else stand_ins(names, self.dry))["tasks"]
+        return self._made[key]
+
+
 def measure(
-    table: Published,
-    line: Line,
-    method: Method,
-    model: str,
-    limit: int | None,
-    engine_args: Mapping[str, Any],
-    dry: Path | None,
-) -> dict[str, float]:
-    """A line's numbers by column, in percent, from an engine of its own.
+    table: Published, line: Line, method: Method, data: Data, limit: int | None, engine_args: Mapping[str, Any]
+) -> Iterator[tuple[str, float]]:
+    """A line's numbers with the names of their columns, in percent, from an engine of its own.
 
     Args:
         table: Which the line is of.
         line: Which of its lines.
         method: The line's.
-        model: The weights.
+        data: What is asked, and of which weights.
         limit: Prompts of each task; None is all.
         engine_args: Other arguments of `vllm.LLM`.
-        dry: In a dry run a folder for made-up data; None measures.
 
     """
-    from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model
 
     overrides = dict(table.hf_overrides)
@@ -178,42 +198,70 @@ def measure(
         trained = {"trained_length": table.trained_length} if table.trained_length else {}
         if method.settings is not None:
             method = dataclasses.replace(method, settings={**trained, **method.settings})
-        checkpoint = read_checkpoint(model, table.max_model_len, trained, {**engine_args, "hf_overrides": overrides})
+        known = {**engine_args, "hf_overrides": overrides}
+        checkpoint = read_checkpoint(data.model, table.max_model_len, trained, known)
         arguments = engine_arguments(method, checkpoint)
     lm = get_model("vllm")(
-        pretrained=model,
+        pretrained=data.model,
         max_model_len=line.max_model_len or table.max_model_len,
-        # A text that is longer than the model reads loses its middle (LongBench, section 4.1).
+        # A text that is longer than the model reads loses its middle (LongBench, section 4.1). Where the harness counts
+        # RULER's, it leaves out the answer's beginning, and of one task the answer: some tens of tokens at the longest.
         truncation_side="middle",
         **{**arguments, "hf_overrides": {**overrides, **arguments.get("hf_overrides", {})}},
         **engine_args,
     )
     columns = [one for one in table.columns if one.name in line.published or table.has_mean or not line.published]
-    found = {}
-    for length in dict.fromkeys(column.length for column in columns):  # the harness has one for all it is asked at once
-        together = [column for column in columns if column.length == length]
-        names = [task for column in together for task in column.tasks]
-        names, tasks = (names, list(names)) if dry is None else stand_ins(names, dry)
-        lengths = {} if length is None else {"max_seq_lengths": [length]}
-        about = {"pretrained": model, **lengths}
-        results = simple_evaluate(lm, tasks=tasks, limit=limit, metadata=about, bootstrap_iters=0)["results"]
-        metric = "score,none" if length is None else f"{length},none"
-        for column in together:
-            found[column.name] = 100 * fmean(results[task][metric] for task in column.tasks if task in names)
-    lm.model.llm_engine.engine_core.shutdown(timeout=30)
+    values = []
+    try:
+        for length in dict.fromkeys(column.length for column in columns):  # one for all tasks that are asked together
+            together = [column for column in columns if column.length == length]
+            tasks = data.tasks([task for column in together for task in column.tasks], length)
+            scores = ask(lm, tasks, length, limit)
+            for column in together:
+                values.append(100 * fmean(scores[task] for task in column.tasks if task in tasks))
+                yield column.name, values[-1]
+    finally:
+        lm.model.llm_engine.engine_core.shutdown(timeout=30)
     if table.has_mean:
-        found["mean"] = fmean(found.values())
-    return found
+        yield "mean", fmean(values)
 
 
-def show(table: Published, found: Mapping[str, Mapping[str, float]]) -> None:
+def ask(lm: Any, tasks: Mapping[str, "Task"], length: int | None, limit: int | None) -> dict[str, float]:
+    """The harness's scores by task, from 0 to 1.
+
+    Of questions with several right answers RULER takes any of them, where the harness takes their share.
+    """
+    from lm_eval import simple_evaluate
+
+    metric = "score,none" if length is None else f"{length},none"
+    any_of = [name for name in tasks if name.startswith("ruler_qa")]
+    scores: dict[str, float] = {}
+    for names, log_samples in ((tasks.keys() - any_of, False), (any_of, True)):  # a log has all prompts
+        if not names:
+            continue
+        asked = [tasks[name] for name in names]
+        results = simple_evaluate(lm, tasks=asked, limit=limit, bootstrap_iters=0, log_samples=log_samples)
+        scores |= {name: results["results"][name][metric] for name in names}
+        for name, samples in results.get("samples", {}).items():
+            scores[name] = fmean(
+                answers_one(sample["doc"]["outputs"], sample["filtered_resps"][0]) for sample in samples
+            )
+    return scores
+
+
+def answers_one(right: Sequence[str], answer: str) -> bool:
+    """Whether an answer contains one of several right ones, in whatever case."""
+    return any(one.lower() in answer.lower() for one in right)
+
+
+def show(table: Published, found: Mapping[tuple[str, str], float]) -> None:
     """Print what was published beside what was measured."""
     screen = ScreenTable(title=f"{table.title}: published / measured", caption=table.source)
     screen.add_column("")
     for line in table.lines:
         screen.add_column(line.name, justify="right")
     for name in [column.name for column in table.columns] + ["mean"] * table.has_mean:
-        numbers = ((line.published.get(name), found.get(line.name, {}).get(name)) for line in table.lines)
+        numbers = ((line.published.get(name), found.get((line.name, name))) for line in table.lines)
         screen.add_row(name, *(f"{_number(published)} / {_number(measured)}" for published, measured in numbers))
     Console().print(screen)
 

@@ -116,6 +116,7 @@ def test_rulers_tasks_and_another_self_extend(tmp_path: Path) -> None:
         assert text in shown
     assert (tmp_path / "ruler.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "vllm.log").read_text().count("Self-Extend: trained length 256") == 2
+    assert "nltk" not in (tmp_path / "vllm.log").read_text(), "it looks for nothing in the network"
     assert len({line.split()[0] for line in done.stderr.splitlines() if line}) <= 2, (
         "the bars, and nothing of the harness"
     )
@@ -136,7 +137,7 @@ def test_the_order_tasks_margins_are_the_oracles(start_engine: Callable, oracle:
     for prompt, logprobs in zip(prompts, wanted, strict=True):
         first, second = (float(logprobs[-1, token]) for token in prompt.choices)
         assert rows[prompt.name]["margin"] == pytest.approx(first - second, abs=1e-3)
-        assert rows[prompt.name]["found"] == (first > second)
+        assert rows[prompt.name]["score"] == float(first > second)
     assert len({row["margin"] for row in rows.values()}) == len(rows) == 8
 
 

@@ -78,7 +78,7 @@ def test_self_extend_is_the_backend_and_its_numbers() -> None:
 
 def test_other_self_extends_beside() -> None:
     checkpoint = read_checkpoint(str(MODEL_DIR), SERVED, {}, {})
-    fixed, plain, short = self_extend_variants([{"group_size": 40}, {"log_scale": False}, {"group_size": 2}])
+    fixed, plain, short = self_extend_variants([{"group_size": 40}, {"log_scale": False}, {"group_size": 2}], {})
     assert fixed.label == "Self-Extend, group_size 40"
     assert plain.label == "Self-Extend, log_scale false"
     assert len({(method.name, method.color, method.marker) for method in (fixed, plain, METHODS["self-extend"])}) == 3
@@ -86,11 +86,16 @@ def test_other_self_extends_beside() -> None:
     with pytest.raises(ValueError, match="Set group_size to 21 or more"):
         engine_arguments(short, checkpoint)
     with pytest.raises(ValueError, match="given twice"):
-        list(self_extend_variants([{"group_size": 40, "log_scale": False}, {"log_scale": False, "group_size": 40}]))
-    with pytest.raises(ValueError, match="5 more Self-Extends are asked for; a picture has room for 4"):
-        list(self_extend_variants([{"group_size": size} for size in range(2, 7)]))
-    with pytest.raises(ValueError, match=r"--self-extend '\{\}' has no settings"):
-        list(self_extend_variants([{}]))
+        list(self_extend_variants([{"group_size": 40, "log_scale": False}, {"log_scale": False, "group_size": 40}], {}))
+    with pytest.raises(ValueError, match="--self-extend is given 5 times; a picture has room for 4 more"):
+        list(self_extend_variants([{"group_size": size} for size in range(2, 7)], {}))
+    with pytest.raises(ValueError, match=r"--self-extend '\{\}' is given twice, or is what --method self-extend has"):
+        list(self_extend_variants([{}], {}))
+    plain = {"group_size": 40, "trained_length": 128}
+    (automatic,) = self_extend_variants([{}], plain)
+    assert (automatic.settings, automatic.label) == ({"trained_length": 128}, "Self-Extend, nothing chosen")
+    with pytest.raises(ValueError, match="what --method self-extend has"):
+        list(self_extend_variants([{"group_size": 40}], plain))
 
 
 def test_there_has_to_be_something_to_extend() -> None:

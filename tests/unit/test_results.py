@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_prediction
-from vllm_selfextend.evaluation.summary import found_share
+from vllm_selfextend.evaluation.summary import task_share
 from vllm_selfextend.evaluation.tables import percent
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_the_demos_table() -> None:
             " / ".join(
                 percent(share)
                 for count in (1, 4)
-                if (share := found_share(rows, "passkey", method, length=length, num_keys=count))
+                if (share := task_share(rows, "passkey", method, length=length, num_keys=count))
             )
             for method in ("unmodified", "self-extend")
         ]

@@ -1,15 +1,23 @@
 """RULER's tasks: the harness's own prompts, which fit, and are the same wherever and whenever they are made."""
 
+import importlib
+import os
 import random
 import signal
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from lm_eval.tasks.ruler import common_utils, niah_utils, vt_utils
 
 from vllm_selfextend.evaluation import ruler
 from vllm_selfextend.evaluation.ruler import RULER_TASKS, RulerTask, ruler_tasks
+from vllm_selfextend.evaluation.screen import Stopped, stopped_by_signals
+
+ruler._import_harness()  # before others do, which would look for data
+common_utils, cwe_utils, fwe_utils, niah_utils, vt_utils = (
+    importlib.import_module(f"lm_eval.tasks.ruler.{name}_utils") for name in ("common", "cwe", "fwe", "niah", "vt")
+)
 
 LENGTH = 2048
 
@@ -48,20 +56,33 @@ def test_the_same_prompts_again_whatever_was_drawn_before(name: str) -> None:
     assert prompts_of(name, seed=1) != first
 
 
-@pytest.mark.parametrize("name", ["niah_single_1", "niah_multikey_2", "niah_multikey_3"])
-def test_a_needles_prompts_are_the_harnesss_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its task makes 500; ours are the first of them when both draw from one seed and count alike."""
+OWN_TASKS = {
+    "niah_single_1": niah_utils.niah_single_1,
+    "niah_multikey_2": niah_utils.niah_multikey_2,
+    "niah_multikey_3": niah_utils.niah_multikey_3,
+    "ruler_vt": vt_utils.get_vt_dataset,
+    "ruler_cwe": cwe_utils.get_cw_dataset,
+    "ruler_fwe": fwe_utils.fwe_download,
+}
 
-    def tokenizer(text: str) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=text.split())
 
-    monkeypatch.setattr(niah_utils, "get_tokenizer", lambda name: tokenizer)
-    random.seed(5)
-    theirs = getattr(niah_utils, name)(max_seq_lengths=[LENGTH])["test"]
-    random.seed(5)
-    ours = RULER_TASKS[name].make(tokenizer, LENGTH, 3)
+@pytest.mark.parametrize("length", [LENGTH, 4096])
+@pytest.mark.parametrize("name", RULER_TASKS)
+def test_prompts_are_the_harnesss_own(name: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tasks make 500; ours are the first of them where both draw from one seed and count alike."""
+    for module in (niah_utils, vt_utils, cwe_utils, fwe_utils):
+        monkeypatch.setattr(module, "get_tokenizer", lambda name: ruler.Counter(lambda text, begins: text.split()))
+    with ruler._harness("5"):
+        theirs = OWN_TASKS[name](max_seq_lengths=[length])["test"]
+    task = RulerTask(name, (length,), rounds=3, seed=0)
+    monkeypatch.setattr(ruler, "_harness", lambda seed, harness=ruler._harness: harness("5"))
+    monkeypatch.setitem(RULER_TASKS, name, ruler.Kind(RULER_TASKS[name].make, answer_tokens=-100))  # all fit at first
+    ours = list(task.prompts(lambda text, begins: f"{text} {begins}".split()))
     assert len(theirs) == 500
-    assert [dict(one) for one in theirs.select(range(3))] == ours
+    for one, sample in zip(ours, theirs.select(range(3)), strict=True):
+        example = f"{sample['input_example']}\n" if name == "ruler_cwe" else ""
+        assert one.text == f"{example}{sample['input']} {sample['gen_prefix']}"
+        assert one.expected == "\n".join(sample["outputs"])
 
 
 def test_a_score_is_the_harnesss() -> None:
@@ -77,7 +98,7 @@ def test_a_score_is_the_harnesss() -> None:
 
 
 def test_what_the_harness_would_search_for_without_end() -> None:
-    with pytest.raises(ValueError, match="--length 2047 is too short for ruler_vt: RULER's need 2048 tokens"):
+    with pytest.raises(ValueError, match="--length 2047 is too short for ruler_vt: RULER's prompts need 2048 tokens"):
         prompts_of("ruler_vt", 2047)
     task = RulerTask("ruler_vt", (LENGTH,), rounds=1, seed=0)
     with pytest.raises(ValueError, match=r"ruler_vt is not for this tokenizer: it makes \d+ tokens"):
@@ -85,32 +106,42 @@ def test_what_the_harness_would_search_for_without_end() -> None:
 
 
 def test_prompts_that_the_harness_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = ruler.Kind(lambda tokenizer, length, count: [], 30)
+    kind = ruler.Kind(lambda count, length, rounds: [], 30)
     monkeypatch.setitem(RULER_TASKS, "ruler_vt", kind)
     with pytest.raises(ValueError, match="made 0 of 2 prompts of 2048 tokens for ruler_vt"):
         prompts_of("ruler_vt")
 
 
+def test_prompts_without_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    sample = {"input": "No word.", "gen_prefix": "They are", "outputs": []}
+    monkeypatch.setitem(RULER_TASKS, "ruler_cwe", ruler.Kind(lambda count, length, rounds: [sample] * rounds, 30))
+    with pytest.raises(ValueError, match="made 0 of 2 prompts of 2048 tokens for ruler_cwe"):
+        prompts_of("ruler_cwe")
+
+
 def test_a_signal_waits_for_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its loops have a bare `except`, which would swallow what the signal raises."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: came.append(signum))
-    counts: list[int] = []
+    """Its loops have a bare `except`, which would swallow what the signal raises; any thread may take the signal."""
+    done: list[int] = []
     generate = vt_utils.generate_input_output
 
     def interrupted(*args: int, **more: int) -> tuple:
-        if not counts:
-            signal.raise_signal(signal.SIGTERM)
-        counts.append(len(came))
-        return generate(*args, **more)
+        if not done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        result = generate(*args, **more)
+        done.append(1)
+        return result
 
     monkeypatch.setattr(vt_utils, "generate_input_output", interrupted)
+    stop = threading.Event()
+    other = threading.Thread(target=stop.wait)
+    other.start()
     try:
-        prompts_of("ruler_vt", rounds=1)
+        with pytest.raises(Stopped), stopped_by_signals():
+            prompts_of("ruler_vt", rounds=1)
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert came == [signal.SIGTERM]
-    assert not any(counts)
+        stop.set()
+        other.join()
+    assert len(done) > 5, "after all of the harness's work"
 
 
 def test_their_names() -> None:

@@ -11,7 +11,14 @@ from scipy import stats
 from vllm_selfextend.evaluation import methods, plots, tables
 from vllm_selfextend.evaluation.intervals import share
 from vllm_selfextend.evaluation.loss import BLOCK
-from vllm_selfextend.evaluation.summary import block_losses, found_share, ruler_score, share_kept, summarize
+from vllm_selfextend.evaluation.summary import (
+    block_losses,
+    ruler_groups,
+    ruler_score,
+    share_kept,
+    summarize,
+    task_share,
+)
 
 NAMES = ("unmodified", "self-extend")
 METHODS = [methods.METHODS[name] for name in NAMES]
@@ -68,6 +75,35 @@ def test_rulers_scores() -> None:
     assert values["ruler_vt", 2048, "unmodified"] == 0.0
 
 
+def test_the_mean_is_of_tasks_that_all_methods_were_asked() -> None:
+    rows = ruler_rows()
+    more = {"task": "ruler_cwe", "method": "unmodified", "length": 1000, "round": 0, "score": 0.0}
+    assert list(ruler_groups(rows)) == ["niah_multikey_2", "ruler_vt", "mean"]
+    assert list(ruler_groups([*rows, more])) == ["niah_multikey_2", "ruler_vt", "ruler_cwe", "mean of 2"]
+    assert ruler_groups([*rows, more])["mean of 2"] == ["niah_multikey_2", "ruler_vt"]
+    assert list(ruler_groups(rows[::4])) == ["niah_multikey_2"]
+
+
+def order_rows() -> list[dict]:
+    return [
+        {"task": "order", "method": method, "length": 2048, "distance": distance, "gap": gap, "round": 0, "first": city}
+        | {"score": score, "margin": score - 0.5}
+        for method in NAMES
+        for distance, gap, scores in ((512, 0, (1.0, 1.0)), (512, 64, (1.0, 0.5)), (128, 0, (1.0, 0.0)))
+        for city, score in zip(("Oslo", "Lima"), scores, strict=True)
+    ]
+
+
+def test_orders() -> None:
+    found = summarize(order_rows(), NAMES, LENGTH)["order"]
+    assert [(cell["distance"], cell["gap"], cell["value"]) for cell in found if cell["method"] == "unmodified"] == [
+        (128, 0, 0.5),
+        (512, 0, 1.0),
+        (512, 64, 0.75),
+    ]
+    assert {cell["margin"]["value"] for cell in found} == {0.0, 0.5, 0.25}
+
+
 @pytest.mark.parametrize("found", [0, 1, 7, 20])
 def test_wilsons_interval_is_scipys(found: int) -> None:
     theirs = stats.binomtest(found, 20).proportion_ci(0.95, method="wilson")
@@ -77,10 +113,10 @@ def test_wilsons_interval_is_scipys(found: int) -> None:
 
 def test_shares() -> None:
     rows = passkey_rows()
-    found = found_share(rows, "passkey", "unmodified", length=1024, num_keys=1)
+    found = task_share(rows, "passkey", "unmodified", length=1024, num_keys=1)
     assert found is not None
     assert (found.value, found.low) == (0.0, pytest.approx(0.0))
-    assert found_share(rows, "passkey", "unmodified", length=99) is None
+    assert task_share(rows, "passkey", "unmodified", length=99) is None
 
 
 def test_losses_within_and_past_the_trained_length() -> None:
@@ -106,6 +142,7 @@ def test_tables() -> None:
     console.print(tables.passkey_table(passkey_rows(), METHODS, "Passkeys"))
     console.print(tables.loss_table(loss_rows(), METHODS, LENGTH))
     console.print(tables.ruler_table(ruler_rows(), METHODS, LENGTH))
+    console.print(tables.order_table(order_rows(), METHODS))
     text = console.export_text()
     assert "0% (0-66)" in text
     assert "100% (34-100)" in text
@@ -116,6 +153,7 @@ def test_tables() -> None:
     assert ["", "2,048", "0% (0-66)", "60% (13-94)"] in rows
     assert ["mean", "1,000", "80% (40-97)", "80% (40-97)"] in rows
     assert ["kept", "2,048", "0%", "84%"] in rows
+    assert ["2,048", "512", "64", "75% (20-97)", "75% (20-97)"] in rows
     assert "kept: of the unmodified model's mean within 1,000" in text
 
 
@@ -144,9 +182,10 @@ def test_pictures(tmp_path: Path) -> None:
     plots.plot_passkeys(passkey_rows(), METHODS, LENGTH, tmp_path / "passkeys.png")
     plots.plot_losses(loss_rows(), METHODS, LENGTH, tmp_path / "loss.png")
     plots.plot_ruler(ruler_rows(), METHODS, LENGTH, tmp_path / "ruler.png")
+    plots.plot_order(order_rows(), METHODS, LENGTH, tmp_path / "order.png")
     plots.plot_numbers(
         {(2, 64): 0.5, (4, 64): 0.25, (4, 16): 0.75}, (2, 64), (4, 64), "wrong", tmp_path / "tuning.png", is_share=True
     )
     for path in tmp_path.iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5

@@ -25,7 +25,7 @@ from .order import order_task
 from .passkey import doubling_lengths, passkey_task
 from .prompts import Prompt, Row, Task
 from .records import Records, write_json
-from .ruler import RULER_TASKS, ruler_tasks
+from .ruler import LEAST, RULER_TASKS, ruler_tasks
 from .run_folder import RunFolder
 from .screen import bars, reading_work
 from .summary import summarize
@@ -140,7 +140,7 @@ def comparison_from_options(
     """What `evaluate` does, from its options (see there).
 
     Without `methods` it is those of `DEFAULT_METHODS` that the checkpoint allows, without `lengths` the longest texts
-    and their halves down to half the trained length.
+    and their halves down to half the trained length, of RULER those that it has prompts for.
 
     Raises:
         ValueError: The options do not go together, or with the checkpoint; or a file cannot be read.
@@ -150,7 +150,9 @@ def comparison_from_options(
     served = max(max_model_len, served_length or 0)
     checkpoint = read_checkpoint(model, served, settings, engine_args)
     encode_chat, encode, uses_chat = prompt_encoder(model, engine_args, chat=chat)
-    lengths = lengths or doubling_lengths(checkpoint.report.trained_length // 2, max_model_len)
+    doubling = doubling_lengths(checkpoint.report.trained_length // 2, max_model_len)
+    ruler_lengths = lengths or [length for length in doubling if length >= LEAST] or doubling
+    lengths = lengths or doubling
     if (longest := max(lengths)) > max_model_len:
         raise ValueError(f"--length {longest} is more than --max-model-len {max_model_len}.")
     chosen: list[Task] = []
@@ -160,15 +162,14 @@ def comparison_from_options(
         chosen.append(loss_task(texts, loss_length, max_model_len))
     if "order" in tasks:
         chosen.append(order_task(lengths, checkpoint.report.neighbor_window, rounds, seed))
-    chosen += ruler_tasks(tasks, lengths, rounds, seed)
+    chosen += ruler_tasks(tasks, ruler_lengths, rounds, seed)
     prompts = [(task, list(task.prompts(encode if task.scores_prompt else encode_chat))) for task in chosen]
     known = METHODS | {"self-extend": dataclasses.replace(METHODS["self-extend"], settings=settings)}
     chosen_methods = [known[name] for name in dict.fromkeys(methods)]
     left_out: list[str] = []
     if not methods:
         chosen_methods, left_out = allowed_methods([known[name] for name in DEFAULT_METHODS], checkpoint)
-    length = {name: settings[name] for name in ("trained_length",) if name in settings}
-    chosen_methods += self_extend_variants([length | variant for variant in variants])
+    chosen_methods += self_extend_variants(variants, settings)
     asked = {
         "model": model,
         "methods": [method.name for method in chosen_methods],

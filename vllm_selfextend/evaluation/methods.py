@@ -99,27 +99,35 @@ def read_checkpoint(
     return Checkpoint(report, rope, is_part, model_config.get_hidden_size())
 
 
-def self_extend_variants(variants: Sequence[Mapping[str, Any]]) -> Iterator[Method]:
-    """A method for each Self-Extend with settings of its own, to stand beside the one that is called just that.
+def self_extend_variants(variants: Sequence[Mapping[str, Any]], plain: Mapping[str, Any]) -> Iterator[Method]:
+    """A method for each Self-Extend with settings of its own, beside the one that is called just that.
+
+    Args:
+        variants: Their settings, as in `additional_config["self_extend"]`.
+        plain: Those of that one. The others have its `trained_length`, if they do not say another.
 
     Raises:
-        ValueError: They are too many for a picture, one has no settings, or two have the same.
+        ValueError: They are too many for a picture, or two have the same settings.
 
     """
     if len(variants) > len(VARIANT_LOOKS):
         raise ValueError(
-            f"{len(variants)} more Self-Extends are asked for; a picture has room for {len(VARIANT_LOOKS)}."
+            f"--self-extend is given {len(variants)} times; a picture has room for {len(VARIANT_LOOKS)} more methods."
         )
-    seen = set()
-    for settings, (color, marker) in zip(variants, VARIANT_LOOKS, strict=False):
-        if not settings:
-            raise ValueError("--self-extend '{}' has no settings: that is what --method self-extend compares.")
-        name = f"self-extend {json.dumps(settings, sort_keys=True)}"
-        if name in seen:
-            raise ValueError(f"--self-extend '{json.dumps(settings)}' is given twice: its answers would be the same.")
-        seen.add(name)
-        label = "Self-Extend, " + ", ".join(f"{key} {json.dumps(value)}" for key, value in settings.items())
-        yield Method(name, label, color, marker, settings)
+    trained = {name: plain[name] for name in ("trained_length",) if name in plain}
+    seen = [dict(plain)]
+    for variant, (color, marker) in zip(variants, VARIANT_LOOKS, strict=False):
+        settings = {**trained, **variant}
+        if settings in seen:
+            raise ValueError(
+                f"--self-extend '{json.dumps(variant)}' is given twice, or is what --method self-extend has: its "
+                "answers would be the same."
+            )
+        seen.append(settings)
+        chosen = ", ".join(f"{name} {json.dumps(value)}" for name, value in variant.items()) or "nothing chosen"
+        yield Method(
+            f"self-extend {json.dumps(settings, sort_keys=True)}", f"Self-Extend, {chosen}", color, marker, settings
+        )
 
 
 def allowed_methods(methods: Sequence[Method], checkpoint: Checkpoint) -> tuple[list[Method], list[str]]:

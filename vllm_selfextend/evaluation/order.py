@@ -21,6 +21,7 @@ CITIES = ("Oslo", "Paris", "Cairo", "Lima", "Tokyo", "Delhi", "Rome", "Madrid", 
 STATEMENT = "The city of {city} is mentioned."
 QUESTION = "Which city is mentioned first in the text?"
 ANSWER_BEGINS = "The city mentioned first is"
+PAIRS = tuple(itertools.combinations(CITIES, 2))
 GAPS = (0, 64, 512)
 """Tokens between the two statements, each of about seven; the city names are a statement further apart."""
 
@@ -32,13 +33,13 @@ WINDOWS = (0.5, 2, 4)
 class OrderTask:
     """Two cities in texts of every length, at every distance and gap; each pair in both orders.
 
-    A guess is right half the time, and so is the habit of preferring a city.
+    A guess is right half the time, and so is the habit of preferring a city. No pair is asked twice in a place.
 
     Attributes:
         lengths: Tokens of prompt and answer together; a prompt is as long as whole sentences allow.
         distances: Tokens from the end of the second statement to the end of the prompt, at most.
         gaps: Tokens between the statements, at most.
-        rounds: Pairs of cities per length, distance and gap.
+        rounds: Pairs of cities per length, distance and gap, at most `len(PAIRS)`.
         seed: Of every random choice.
 
     """
@@ -57,10 +58,14 @@ class OrderTask:
         """The furthest statements first: up to them texts are alike, and in vLLM's prefix cache.
 
         Raises:
-            ValueError: No distance fits into a length, or the tokenizer begins two cities' names alike.
+            ValueError: No distance fits into a length, there are fewer pairs than rounds, or the tokenizer begins two
+                cities' names alike.
 
         """
+        if self.rounds > len(PAIRS):
+            raise ValueError(f"--rounds {self.rounds} is more than the order task's {len(PAIRS)} pairs of cities.")
         begins = _first_tokens(encode)
+        pairs = random.Random(self.seed).sample(PAIRS, self.rounds)
         for length in sorted({*self.lengths}):
             fitting = 0
             for distance, gap in itertools.product(
@@ -70,8 +75,7 @@ class OrderTask:
                 if fillers is None:
                     continue
                 fitting += 1
-                for turn in range(self.rounds):
-                    pair = random.Random(f"{self.seed}/{turn}").sample(CITIES, 2)
+                for turn, pair in enumerate(pairs):
                     for first, second in (pair, pair[::-1]):
                         cell = {"length": length, "distance": distance, "gap": gap, "round": turn, "first": first}
                         name = "/".join(map(str, (self.name, *cell.values())))
@@ -82,14 +86,18 @@ class OrderTask:
             if not fitting:
                 raise ValueError(
                     f"--length {length} is too short for the order task, whose statements are {min(self.distances)} "
-                    "tokens and more before the end."
+                    "tokens and more before the end. Ask for a longer one."
                 )
 
     def score(self, prompt: Prompt, output: "RequestOutput") -> Row:
-        """Right if the first city is likelier than the second; `margin` is by how much (nats)."""
+        """Right if the first city is likelier than the second, half right if they tie; `margin` is the nats."""
         (logprobs,) = output.outputs[0].logprobs or [{}]
         first, second = (logprobs[token].logprob for token in prompt.choices)
-        return {"expected": prompt.expected, "margin": round(first - second, 4), "found": first > second}
+        return {
+            "expected": prompt.expected,
+            "margin": round(first - second, 4),
+            "score": (1 + (first > second) - (first < second)) / 2,
+        }
 
 
 def order_task(lengths: Sequence[int], neighbor_window: int, rounds: int, seed: int) -> OrderTask:
@@ -113,14 +121,14 @@ def _fillers(num_tokens: int, distance: int, gap: int, encode: Encode) -> tuple[
     def count(before: int, between: int, after: int) -> int:
         return len(encode(_text((before, between, after), longest, longest), ANSWER_BEGINS))
 
-    # A chat's frame is in it.
     least = count(0, 0, 0)
     if least + distance + gap > num_tokens:
         return None
-    statement = len(encode(f"{STATEMENT} {STATEMENT}".format(city=longest), "")) - len(
-        encode(STATEMENT.format(city=longest), "")
-    )
-    after = _most(lambda sentences: count(0, 0, sentences) - least, distance - (least - 2 * statement))
+    # What two prompts that differ in the second statement only have alike at their end lies behind it.
+    one, other = (encode(_text((0, 0, 0), longest, city), ANSWER_BEGINS)[::-1] for city in CITIES[:2])
+    end = next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+    end -= len(encode(STATEMENT.partition("{city}")[2], "")) - len(encode("", ""))
+    after = _most(lambda sentences: count(0, 0, sentences) - least, distance - end)
     between = _most(lambda sentences: count(0, sentences, 0) - least, gap)
     return _most(lambda sentences: count(sentences, between, after), num_tokens), between, after
 
@@ -145,5 +153,8 @@ def _first_tokens(encode: Encode) -> dict[str, int]:
     shared = len(encode(QUESTION, ANSWER_BEGINS))
     tokens = {city: encode(QUESTION, f"{ANSWER_BEGINS} {city}")[shared] for city in CITIES}
     if len({*tokens.values()}) < len(CITIES):
-        raise ValueError("The order task is not for this tokenizer: names of its cities begin with the same token.")
+        raise ValueError(
+            "The order task is not for this tokenizer: names of its cities begin with the same token. Leave --task "
+            "order out."
+        )
     return tokens

@@ -13,7 +13,7 @@ from .loss import BLOCK
 from .methods import Method
 from .prompts import Row
 from .ruler import RULER_TASKS
-from .summary import block_losses, column, found_share, group_sizes_of, ruler_groups, ruler_score
+from .summary import block_losses, column, group_sizes_of, ruler_groups, ruler_score, task_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def plot_passkeys(rows: Sequence[Row], methods: Sequence[Method], trained_length
         for axes, method in zip(panels, methods, strict=True):
             shares = [
                 [
-                    _value(found_share(rows, "passkey", method.name, length=n, depth=depth, num_keys=num_keys))
+                    _value(task_share(rows, "passkey", method.name, length=n, depth=depth, num_keys=num_keys))
                     for n in lengths
                 ]
                 for depth in depths
@@ -83,7 +83,7 @@ def plot_order(rows: Sequence[Row], methods: Sequence[Method], trained_length: i
     for panels, length in zip(grid, lengths, strict=True):
         for axes, gap in zip(panels, gaps, strict=True):
             shares = {
-                method: [found_share(rows, "order", method.name, length=length, distance=d, gap=gap) for d in distances]
+                method: [task_share(rows, "order", method.name, length=length, distance=d, gap=gap) for d in distances]
                 for method in methods
             }
             _curves(axes, shares)
@@ -104,13 +104,14 @@ def plot_ruler(rows: Sequence[Row], methods: Sequence[Method], trained_length: i
     columns = min(len(groups), 4)
     lines = -(-len(groups) // columns)
     figure = Figure(figsize=(1.0 + 2.8 * columns, 1.1 + 2.3 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat
-    for axes, (name, tasks) in zip(grid, groups.items(), strict=False):
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    panels = list(grid.flat)
+    for axes, (name, tasks) in zip(panels, groups.items(), strict=False):
         _curves(axes, {method: [ruler_score(rows, method.name, tasks, n) for n in lengths] for method in methods})
         axes.axvline(sum(length <= trained_length for length in lengths) - 0.5, color="gray", linestyle="--")
         axes.set_title(name, fontsize="medium")
         axes.set_xticks(range(len(lengths)), [_short(n) for n in lengths])
-    for axes in list(grid)[len(groups) :]:
+    for axes in panels[len(groups) :]:
         axes.set_axis_off()
     _legend(figure, f"RULER; trained on {trained_length:,} tokens (dashed line)")
     figure.savefig(path, dpi=150)

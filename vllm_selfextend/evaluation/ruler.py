@@ -10,7 +10,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -21,9 +21,6 @@ from .screen import ENDING
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
-Tokenizer: TypeAlias = Callable[[str], SimpleNamespace]
-"""The harness reads `input_ids` of what it gives back."""
-
 Samples: TypeAlias = list[dict[str, Any]]
 """The harness's: `input`, `gen_prefix` and `outputs` among others."""
 
@@ -32,9 +29,6 @@ LEAST = 2048
 
 EXAMPLE_TOKENS = 500
 """What the harness's example of variable tracking is cut to, in any length."""
-
-SPARE = 96
-"""Tokens of a text that are left out of the harness's count at first: the answer's beginning, and a chat's frame."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class RulerTask:
         return RULER_TASKS[self.name].answer_tokens
 
     def prompts(self, encode: Encode) -> Iterator[Prompt]:
-        """As the harness makes them, so that each with its answer and with a chat template fits into its length.
+        """As the harness makes them, each with its answer and a chat template within its length.
 
         Raises:
             ValueError: A length is less than `LEAST`, or the tokenizer makes so many tokens of a text that the
@@ -71,7 +65,10 @@ class RulerTask:
         """
         for length in sorted({*self.lengths}):
             if length < LEAST:
-                raise ValueError(f"--length {length} is too short for {self.name}: RULER's need {LEAST} tokens.")
+                raise ValueError(
+                    f"--length {length} is too short for {self.name}: RULER's prompts need {LEAST} tokens. Ask for a "
+                    "longer one."
+                )
             samples = self._samples(length, encode)
             for turn, (sample, token_ids) in enumerate(samples):
                 cell = {"length": length, "round": turn}
@@ -90,21 +87,24 @@ class RulerTask:
         }
 
     def _samples(self, length: int, encode: Encode) -> list[tuple[dict[str, Any], list[int]]]:
-        """Samples and their tokens. The harness counts bare texts, so it is asked for less until all fit."""
+        """Samples and their tokens.
 
-        def tokenizer(text: str) -> SimpleNamespace:
-            return SimpleNamespace(input_ids=encode(text, ""))
-
-        spare = SPARE
+        The harness counts texts without a chat's frame, and some without the answer's beginning or the answer, so each
+        is said to have `spare` tokens more until all fit. The length stays: the harness goes by it in other ways too.
+        """
+        frame = len(encode("", ""))
+        spare = 0
         while True:
+            count = Counter(encode, frame, spare)
             with _harness(f"{self.seed}/{self.name}/{length}"):
-                samples = RULER_TASKS[self.name].make(tokenizer, length - spare, self.rounds)
-            if len(samples) < self.rounds:
+                samples = RULER_TASKS[self.name].make(count, length, self.rounds)
+            whole = [sample for sample in samples if sample["outputs"]]  # without any, every answer would be right
+            if len(whole) < self.rounds:
                 raise ValueError(
-                    f"lm-evaluation-harness made {len(samples)} of {self.rounds} prompts of {length} tokens for "
-                    f"{self.name}: the others do not fit. Ask for longer ones."
+                    f"lm-evaluation-harness made {len(whole)} of {self.rounds} prompts of {length} tokens for "
+                    f"{self.name}: the others do not fit. Ask for a longer --length."
                 )
-            encoded = [(sample, encode(sample["input"], sample["gen_prefix"])) for sample in samples]
+            encoded = [(sample, encode(sample["input"], sample["gen_prefix"])) for sample in whole]
             over = max(len(token_ids) for _, token_ids in encoded) + self.answer_tokens - length
             if over <= 0:
                 return encoded
@@ -112,21 +112,41 @@ class RulerTask:
 
 
 @dataclass(frozen=True)
+class Counter:
+    """What the harness takes for a tokenizer: of its answer it reads `input_ids`, and of these how many there are.
+
+    Attributes:
+        encode: A text's tokens, a chat's frame included.
+        frame: Tokens of that, which are not counted.
+        spare: Tokens that each text is said to have more.
+
+    """
+
+    encode: Encode
+    frame: int = 0
+    spare: int = 0
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        token_ids = self.encode(text, "")
+        return SimpleNamespace(input_ids=range(len(token_ids) - self.frame + self.spare))
+
+
+@dataclass(frozen=True)
 class Kind:
     """How the harness makes a task's prompts, and RULER's room for the answer."""
 
-    make: Callable[[Tokenizer, int, int], Samples]
+    make: Callable[["Counter", int, int], Samples]
     answer_tokens: int
 
 
-def _needles(tokenizer: Tokenizer, length: int, count: int, haystack: str, key: str, value: str) -> Samples:
+def _needles(count: Counter, length: int, rounds: int, haystack: str, key: str, value: str) -> Samples:
     from lm_eval.tasks.ruler import niah_utils
 
     samples: Samples = niah_utils.generate_samples(
         niah_utils.get_haystack(haystack),
-        TOKENIZER=tokenizer,
+        TOKENIZER=count,
         max_seq_length=length,
-        num_samples=count,
+        num_samples=rounds,
         template=niah_utils.TEMPLATE,
         type_haystack=haystack,
         type_needle_k=key,
@@ -135,33 +155,36 @@ def _needles(tokenizer: Tokenizer, length: int, count: int, haystack: str, key: 
     return samples
 
 
-def _variables(tokenizer: Tokenizer, length: int, count: int) -> Samples:
-    from lm_eval.tasks.ruler import vt_utils
+def _variables(count: Counter, length: int, rounds: int) -> Samples:
+    from lm_eval.tasks.ruler import niah_utils, vt_utils
 
-    # With the tokens of less noise than this the harness's search for an example would not end.
-    text, _ = vt_utils.generate_input_output(5, num_chains=1, num_hops=4, is_icl=True)
-    if (tokens := len(tokenizer(text).input_ids)) > EXAMPLE_TOKENS - 100:
+    bare = replace(count, spare=0)
+    # Were there no room for five sentences and the assignments, the harness's search for an example would not end.
+    noise = " ".join([niah_utils.get_haystack("repeat")] * 5)
+    tokens = len(bare(vt_utils.TEMPLATE.format(context=noise, query=10000, num_v=5)).input_ids)
+    if tokens > EXAMPLE_TOKENS - 150:
         raise ValueError(
             f"ruler_vt is not for this tokenizer: it makes {tokens} tokens of the shortest example, and RULER has "
-            f"{EXAMPLE_TOKENS} for one with its answer. Leave --task ruler_vt out."
+            f"{EXAMPLE_TOKENS} for one with its answer. Name the other tasks one by one."
         )
-    make = partial(vt_utils.sys_vartrack_w_noise_random, tokenizer)
-    (example,) = make(num_samples=1, max_seq_length=EXAMPLE_TOKENS, incremental=5)
-    samples: Samples = make(num_samples=count, max_seq_length=length, icl_example=example)
+    make = vt_utils.sys_vartrack_w_noise_random
+    (example,) = make(bare, num_samples=1, max_seq_length=EXAMPLE_TOKENS, incremental=5)
+    samples: Samples = make(count, num_samples=rounds, max_seq_length=length, icl_example=example)
     return samples
 
 
-def _common_words(tokenizer: Tokenizer, length: int, count: int) -> Samples:
+def _common_words(count: Counter, length: int, rounds: int) -> Samples:
     from lm_eval.tasks.ruler import cwe_utils
 
-    samples: Samples = cwe_utils.sys_word_pair_random(count, length, tokenizer=tokenizer)
-    return samples
+    samples: Samples = cwe_utils.sys_word_pair_random(rounds, length, tokenizer=count)
+    # RULER's own prompt begins with an example, for which the harness leaves room and which it leaves out.
+    return [{**sample, "input": f"{sample['input_example']}\n{sample['input']}"} for sample in samples]
 
 
-def _frequent_words(tokenizer: Tokenizer, length: int, count: int) -> Samples:
+def _frequent_words(count: Counter, length: int, rounds: int) -> Samples:
     from lm_eval.tasks.ruler import fwe_utils
 
-    samples: Samples = fwe_utils.sys_kwext(tokenizer, length, num_samples=count)
+    samples: Samples = fwe_utils.sys_kwext(count, length, num_samples=rounds)
     return samples
 
 
@@ -174,7 +197,7 @@ RULER_TASKS = {
     "ruler_fwe": Kind(_frequent_words, 50),
 }
 """By the harness's names, with its parameters: a needle in a repeated sentence, among other needles, and among others
-that are all uuids; a chain of variables; the ten words said 30 times, where others are thrice; the three commonest."""
+that are all uuids; a chain of variables; the ten words said most often; the three most frequent of invented words."""
 
 
 def ruler_tasks(names: Collection[str], lengths: Sequence[int], rounds: int, seed: int) -> list[RulerTask]:
@@ -188,22 +211,35 @@ def _harness(seed: str) -> Iterator[None]:
 
     It draws from random's, NumPy's and a module's own source, and its loops swallow whatever a signal raises.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    with _signals_wait(), contextlib.redirect_stdout(sys.stderr):
+        numpy_random, words_random = _import_harness()
+        state, numpy_state, words_state = random.getstate(), numpy_random.get_state(), words_random.getstate()
+        random.seed(seed)
+        numpy_random.seed(random.getrandbits(32))
+        words_random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(state)
+            numpy_random.set_state(numpy_state)
+            words_random.setstate(words_state)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """While open, signals that ask to end are only remembered; the first of them is raised again at the end.
+
+    A mask would not do: it is one thread's, and NumPy has threads that would take them.
+    """
+    came: list[int] = []
+    before = {signum: signal.signal(signum, lambda signum, frame: came.append(signum)) for signum in ENDING}
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            numpy_random, words_random = _import_harness()
-            state, numpy_state, words_state = random.getstate(), numpy_random.get_state(), words_random.getstate()
-            random.seed(seed)
-            numpy_random.seed(random.getrandbits(32))
-            words_random.seed(seed)
-            try:
-                yield
-            finally:
-                random.setstate(state)
-                numpy_random.set_state(numpy_state)
-                words_random.setstate(words_state)
+        yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _import_harness() -> tuple[Any, random.Random]:

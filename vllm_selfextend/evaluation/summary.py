@@ -11,30 +11,32 @@ from .prompts import Row
 from .ruler import RULER_TASKS
 
 
-def found_share(rows: Iterable[Row], task: str, method: str, **cell: Any) -> Estimate | None:
-    """The share that a method found in a task's rows of a cell (`length`, `depth` and so on); None without any."""
+def task_share(rows: Iterable[Row], task: str, method: str, **cell: Any) -> Estimate | None:
+    """The share that a method found or told right in a task's cell (`length`, `depth` and so on); None without any."""
     wanted = {"method": method, "task": task, **cell}
-    found = [row["found"] for row in rows if all(row.get(key) == value for key, value in wanted.items())]
-    return share(sum(found), len(found)) if found else None
+    asked = [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+    scores = [float(row["score"] if "score" in row else row["found"]) for row in asked]
+    return share(math.fsum(scores), len(scores)) if scores else None
 
 
-def ruler_score(rows: Iterable[Row], method: str, tasks: Sequence[str], length: int) -> Estimate | None:
+def ruler_score(rows: Sequence[Row], method: str, tasks: Sequence[str], length: int) -> Estimate | None:
     """The mean over tasks of a method's scores at a length; None without a score in each."""
-    scores: dict[str, list[float]] = {task: [] for task in tasks}
+    shares = [task_share(rows, task, method, length=length) for task in tasks]
+    known = [one for one in shares if one is not None]
+    return average(known) if len(known) == len(tasks) else None
+
+
+def ruler_groups(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """What RULER's scores are given of, by a name for people: each task, and those that all methods were asked."""
+    asked: dict[str, set[str]] = {}
     for row in rows:
-        if row["task"] in scores and (row["method"], row["length"]) == (method, length):
-            scores[row["task"]].append(row["score"])
-    if not all(scores.values()):
-        return None
-    return average([share(math.fsum(each), len(each)) for each in scores.values()])
-
-
-def ruler_groups(rows: Iterable[Row]) -> dict[str, list[str]]:
-    """What RULER's scores are given of, by a name for people: each task, and all of them where they are several."""
-    found = {row["task"] for row in rows}
-    tasks = [name for name in RULER_TASKS if name in found]
-    each = {name: [name] for name in tasks}
-    return each | {"mean": tasks} if len(tasks) > 1 else each
+        asked.setdefault(row["task"], set()).add(row["method"])
+    groups = {name: [name] for name in RULER_TASKS if name in asked}
+    methods = set().union(*asked.values())
+    shared = [name for name in groups if asked[name] == methods]
+    if len(shared) > 1:
+        groups["mean" if len(shared) == len(groups) else f"mean of {len(shared)}"] = shared
+    return groups
 
 
 def share_kept(
@@ -76,7 +78,7 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
     for length in column(passkeys, "length"):
         for num_keys in column(passkeys, "num_keys"):
             for method in methods:
-                if found := found_share(passkeys, "passkey", method, length=length, num_keys=num_keys):
+                if found := task_share(passkeys, "passkey", method, length=length, num_keys=num_keys):
                     cell = {"length": length, "num_keys": num_keys, "method": method}
                     shares.append(cell | found.as_json())
     scored = [row for row in rows if row["task"] == "loss"]
@@ -104,7 +106,7 @@ def summarize(rows: Sequence[Row], methods: Sequence[str], trained_length: int) 
     for length, distance, gap in order_cells(told):
         for method in methods:
             cell = {"length": length, "distance": distance, "gap": gap}
-            if right := found_share(told, "order", method, **cell):
+            if right := task_share(told, "order", method, **cell):
                 margins = [row["margin"] for row in told if row["method"] == method and cell.items() <= row.items()]
                 orders.append(cell | {"method": method} | right.as_json() | {"margin": mean(margins).as_json()})
     return {"passkey": shares, "loss": losses, "ruler": scores, "order": orders}

@@ -12,7 +12,7 @@ from .intervals import Estimate, mean
 from .methods import Method
 from .prompts import Row
 from .search import Search
-from .summary import block_losses, column, found_share, loss_ranges, order_cells, ruler_groups, ruler_score, share_kept
+from .summary import block_losses, column, loss_ranges, order_cells, ruler_groups, ruler_score, share_kept, task_share
 from .tuning import measure
 
 Column = TypeVar("Column")
@@ -53,7 +53,7 @@ def passkey_table(rows: Sequence[Row], methods: Sequence[Method], title: str) ->
     for length in column(rows, "length"):
         cells = []
         for method in methods:
-            shares = (found_share(rows, "passkey", method.name, length=length, num_keys=count) for count in key_counts)
+            shares = (task_share(rows, "passkey", method.name, length=length, num_keys=count) for count in key_counts)
             cells.append(" / ".join(percent(share) if share else "-" for share in shares))
         table.add_row(f"{length:,}", *cells)
     return table
@@ -80,7 +80,7 @@ def order_table(rows: Sequence[Row], methods: Sequence[Method]) -> Table:
         table.add_column(method.label, justify="right")
     for length, distance, gap in order_cells(rows):
         cell = {"length": length, "distance": distance, "gap": gap}
-        shares = (found_share(rows, "order", method.name, **cell) for method in methods)
+        shares = (task_share(rows, "order", method.name, **cell) for method in methods)
         table.add_row(
             f"{length:,}", f"{distance:,}", f"{gap:,}", *(percent(share) if share else "-" for share in shares)
         )
