@@ -41,7 +41,7 @@ demo: .venv/.serving  ## a model trained on 256 tokens finds keys in 4,096; inst
 evaluate: install  ## Self-Extend, YaRN and the unmodified model compared on a real model
 	@$(BIN)/python -m benchmarks.real_model
 
-ruler: install  ## six of RULER's tasks on that model
+ruler: install  ## RULER's tasks on that model
 	@$(BIN)/python -m benchmarks.real_model_ruler
 
 models: install  ## prove or refuse every decoder architecture of vLLM's, and write docs/models.md
