@@ -192,10 +192,7 @@ def evaluate(
     ] = None,
     self_extend: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Another Self-Extend beside, with these settings; several.",
-            metavar="JSON",
-        ),
+        typer.Option(help="Another Self-Extend beside, with these settings; several.", metavar="JSON"),
     ] = None,
     task: Annotated[
         list[TaskName], typer.Option(help="What to ask; several. ruler is all that follow it.")

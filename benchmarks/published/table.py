@@ -76,7 +76,7 @@ class Published:
         title: What it is of.
         source: Where it was published.
         model: The checkpoint's name on the Hugging Face hub.
-        config: What decides of a checkpoint's config how positions are read, for the dry run; `architectures` too.
+        config: What decides of a checkpoint's config how positions are read, for the dry run.
         max_model_len: Tokens of the longest prompt and its answer.
         columns: Of the numbers. Those of one length are asked together.
         lines: Of the methods.

@@ -103,15 +103,14 @@ def ruler_table(rows: Sequence[Row], methods: Sequence[Method], trained_length: 
             table.add_row(name if length == lengths[0] else "", f"{length:,}", *cells)
         table.add_section()
     name, tasks = list(groups.items())[-1]
-    for length in (each for each in lengths if each > trained_length):
-        kept = [share_kept(rows, method.name, tasks, length, trained_length) for method in methods]
-        if any(value is not None for value in kept):
-            first, table.caption = (
-                not table.caption,
-                f"kept: of the unmodified model's {name} within {trained_length:,}",
-            )
-            cells = ["-" if value is None else f"{value:.0%}" for value in kept]
-            table.add_row("kept" if first else "", f"{length:,}", *cells)
+    past = [length for length in lengths if length > trained_length]
+    kept = {n: [share_kept(rows, method.name, tasks, n, trained_length) for method in methods] for n in past}
+    known = {n: values for n, values in kept.items() if any(value is not None for value in values)}
+    if known:
+        table.caption = f"kept: of the unmodified model's {name} within {trained_length:,}"
+    for length, values in known.items():
+        cells = ["-" if value is None else f"{value:.0%}" for value in values]
+        table.add_row("kept" if length == min(known) else "", f"{length:,}", *cells)
     return table
 
 
