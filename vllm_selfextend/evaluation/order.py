@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CITIES = ("Oslo", "Paris", "Cairo", "Lima", "Tokyo", "Delhi", "Rome", "Madrid", "Berlin", "Athens", "Dublin", "Vienna")
 STATEMENT = "The city of {city} is mentioned."
-QUESTION = "Which city is mentioned first in the text?"
+QUESTION = "Which city is mentioned first, {} or {}?"
 ANSWER_BEGINS = "The city mentioned first is"
 PAIRS = tuple(itertools.combinations(CITIES, 2))
 GAPS = (0, 64, 512)
@@ -33,7 +33,8 @@ WINDOWS = (0.5, 2, 4)
 class OrderTask:
     """Two cities in texts of every length, at every distance and gap; each pair in both orders.
 
-    A guess is right half the time, and so is the habit of preferring a city. No pair is asked twice in a place.
+    The question names the two alike for both orders, so that the habit of preferring a city is right half the time, as
+    a guess is. No pair is asked twice in a place.
 
     Attributes:
         lengths: Tokens of prompt and answer together; a prompt is as long as whole sentences allow.
@@ -76,10 +77,11 @@ class OrderTask:
                     continue
                 fitting += 1
                 for turn, pair in enumerate(pairs):
-                    for first, second in (pair, pair[::-1]):
+                    for order in (pair, pair[::-1]):
+                        first, second = order
                         cell = {"length": length, "distance": distance, "gap": gap, "round": turn, "first": first}
                         name = "/".join(map(str, (self.name, *cell.values())))
-                        text = _text(fillers, first, second)
+                        text = _text(fillers, order, pair)
                         choices = begins[first], begins[second]
                         shown = f"{text} {ANSWER_BEGINS}"
                         yield Prompt(name, cell, shown, encode(text, ANSWER_BEGINS), first, choices)
@@ -117,15 +119,16 @@ def _fillers(num_tokens: int, distance: int, gap: int, encode: Encode) -> tuple[
 
     """
     longest = max(CITIES, key=lambda city: len(encode(STATEMENT.format(city=city), "")))
+    pair = longest, longest
 
     def count(before: int, between: int, after: int) -> int:
-        return len(encode(_text((before, between, after), longest, longest), ANSWER_BEGINS))
+        return len(encode(_text((before, between, after), pair, pair), ANSWER_BEGINS))
 
     least = count(0, 0, 0)
     if least + distance + gap > num_tokens:
         return None
     # What two prompts that differ in the second statement only have alike at their end lies behind it.
-    one, other = (encode(_text((0, 0, 0), longest, city), ANSWER_BEGINS)[::-1] for city in CITIES[:2])
+    one, other = (encode(_text((0, 0, 0), (longest, city), pair), ANSWER_BEGINS)[::-1] for city in CITIES[:2])
     end = next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
     end -= len(encode(STATEMENT.partition("{city}")[2], "")) - len(encode("", ""))
     after = _most(lambda sentences: count(0, 0, sentences) - least, distance - end)
@@ -133,10 +136,11 @@ def _fillers(num_tokens: int, distance: int, gap: int, encode: Encode) -> tuple[
     return _most(lambda sentences: count(sentences, between, after), num_tokens), between, after
 
 
-def _text(fillers: tuple[int, int, int], first: str, second: str) -> str:
+def _text(fillers: tuple[int, int, int], order: tuple[str, str], pair: tuple[str, str]) -> str:
+    """Both cities in an order, and the question that names the pair."""
     before, between, after = map(_filler, fillers)
-    statements = STATEMENT.format(city=first), STATEMENT.format(city=second)
-    return " ".join([*before, statements[0], *between, statements[1], *after]) + f"\n\n{QUESTION}"
+    first, second = (STATEMENT.format(city=city) for city in order)
+    return " ".join([*before, first, *between, second, *after]) + f"\n\n{QUESTION.format(*pair)}"
 
 
 def _filler(count: int) -> Iterator[str]:
@@ -150,8 +154,9 @@ def _most(tokens: Callable[[int], int], limit: int) -> int:
 
 def _first_tokens(encode: Encode) -> dict[str, int]:
     """The token that each city's name begins with behind the answer's beginning."""
-    shared = len(encode(QUESTION, ANSWER_BEGINS))
-    tokens = {city: encode(QUESTION, f"{ANSWER_BEGINS} {city}")[shared] for city in CITIES}
+    question = QUESTION.format(*PAIRS[0])
+    shared = len(encode(question, ANSWER_BEGINS))
+    tokens = {city: encode(question, f"{ANSWER_BEGINS} {city}")[shared] for city in CITIES}
     if len({*tokens.values()}) < len(CITIES):
         raise ValueError(
             "The order task is not for this tokenizer: names of its cities begin with the same token. Leave --task "
