@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -87,6 +88,26 @@ def test_a_prompt_past_max_model_len_is_refused_and_the_server_lives_on(server: 
     assert refused.value.status_code == 400
     prompt = long_prompt(0)
     assert server.complete(prompt.text).choices[0].text.strip() == prompt.answer
+
+
+def test_the_metrics_count_requests_past_the_trained_length(server: Server) -> None:
+    def counts() -> list[float]:
+        """How many were past it, of these with a group size of at most 24, and how many of all ended."""
+        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
+        wanted = "vllm_selfextend:request_group_size_count{", 'le="24.0"', "vllm:request_success_total{"
+        return [
+            sum(float(line.rpartition(" ")[2]) for line in lines if words in line and line.startswith("vllm"))
+            for words in wanted
+        ]
+
+    before = counts()
+    server.complete("The sky is blue.")
+    prompt = make_prompt(2000, 0.5, random.Random(0))
+    server.complete(prompt.text)
+    server.complete(long_prompt(0).text)
+    gained = [after - earlier for after, earlier in zip(counts(), before, strict=True)]
+    # (i - 64) / 105 is 18.4 at 2,000 tokens and 28 at 3,000.
+    assert gained == [2, 1, 3]
 
 
 def test_the_log_says_what_was_chosen(server: Server) -> None:

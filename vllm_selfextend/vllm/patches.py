@@ -105,6 +105,14 @@ PATCHES = (
         needs=("config", "role", "kv_cache_config"),
     ),
     Patch(
+        "vllm.v1.metrics.loggers.StatLoggerManager",
+        "__init__",
+        "vllm_selfextend.vllm.metrics.count_group_sizes",
+        why="with `CUSTOM` chosen, adds the histogram of group sizes to `/metrics`",
+        ends_with="plugins' loggers that do not turn statistics on where a user turned them off",
+        needs=("vllm_config", "engine_idxs", "custom_stat_loggers"),
+    ),
+    Patch(
         "vllm.platforms.cpu.CpuPlatform",
         "get_attn_backend_cls",
         "vllm_selfextend.vllm.engine_args.let_custom_through",
