@@ -6,6 +6,7 @@ value. Other tables quote vLLM, pip and others, which cannot be checked here.
 
 import ast
 import re
+import runpy
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +154,8 @@ def test_links(page: Path) -> None:
         assert other.is_relative_to(ROOT), f"{where}, outside of the repository"
         assert other.exists(), f"{where}, which does not exist"
         assert not anchor or other.suffix != ".md" or anchor in anchors(other), f"{where}, which has no such heading"
+
+
+def test_the_feature_matrix_is_what_the_code_refuses() -> None:
+    tables = runpy.run_path(str(ROOT / "docs" / "feature_matrix.py"))["tables"]()
+    assert tables in (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
