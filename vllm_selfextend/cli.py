@@ -1,4 +1,4 @@
-"""The `vllm-selfextend` command: `plan`, `demo`, `evaluate` and `tune`."""
+"""The `vllm-selfextend` command: `plan`, `doctor`, `demo`, `evaluate` and `tune`."""
 
 import contextlib
 import dataclasses
@@ -23,6 +23,7 @@ from .backends.limits import MAX_POSITIONS
 from .method.plan import CONFIG_KEY
 
 if TYPE_CHECKING:
+    from .doctor import Finding
     from .evaluation.prompts import Prompt, Row
     from .evaluation.run_folder import RunFolder
     from .vllm.report import PlanReport
@@ -160,6 +161,32 @@ def plan(
             for hint in _hints(str(report.why_not), OWN_ARGUMENTS):
                 errors.print(hint, highlight=False, soft_wrap=True)
     if not report.supported:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Say what is installed and which kernels would run here, and see whether the small model answers right."""
+    from .doctor import findings
+    from .evaluation.screen import Stopped
+
+    found = []
+    try:
+        for finding in findings():
+            found.append(finding)
+            if not as_json:
+                _print_finding(finding)
+    except Stopped as stop:
+        errors.print("Stopped.")
+        raise typer.Exit(128 + stop.signum) from stop
+    problems = sum(finding.problem is not None for finding in found)
+    if as_json:
+        typer.echo(json.dumps({"problems": problems, "findings": [dataclasses.asdict(one) for one in found]}, indent=2))
+    else:
+        console.print(
+            f"\n{problems} {'problem' if problems == 1 else 'problems'}." if problems else "\nNothing is wrong."
+        )
+    if problems:
         raise typer.Exit(1)
 
 
@@ -327,10 +354,9 @@ def tune(
 
 def _need_vllm() -> None:
     if importlib.util.find_spec("vllm") is None:
-        _fail(
-            "this command needs vLLM. On a GPU machine: pip install 'vllm-selfextend[cuda]'. On a machine without one, "
-            "with PyTorch's CPU build installed first: pip install 'vllm-selfextend[cpu]'."
-        )
+        from .doctor import INSTALL_VLLM
+
+        _fail(f"this command needs vLLM. {INSTALL_VLLM}")
 
 
 @contextlib.contextmanager
@@ -472,6 +498,14 @@ def _print_written(output: Path | None, written: "list[Path]") -> None:
 
         names = ", ".join(path.name for path in written)
         console.print(f"\nWrote {names} and {LOG} to {output}.", highlight=False, soft_wrap=True)
+
+
+def _print_finding(finding: "Finding") -> None:
+    mark = Styled("ok", "green") if finding.problem is None else Styled("problem", "bold red")
+    line = Styled.assemble(mark, " " * (9 - len(mark)), (f"{finding.subject:<18}", "bold"), finding.found)
+    console.print(line, highlight=False, soft_wrap=True)
+    if finding.problem is not None:
+        console.print(f"{'':9}{finding.problem}", highlight=False, soft_wrap=True)
 
 
 def _plan_table(report: dict[str, Any]) -> Table:

@@ -56,3 +56,13 @@ def test_what_fails_is_shown(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr().err == f"a bar\nThe end of {log}:\nthe reason\n"
     print("on the screen again", file=sys.stderr)
     assert capfd.readouterr().err == "on the screen again\n"
+
+
+def test_the_doctor_finds_nothing_wrong() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "OMP_"))}
+    command = [sys.executable, "-m", "vllm_selfextend", "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("Nothing is wrong.")
+    assert "right at 1,024 tokens by a model trained on 256, on the cpu kernels (" in done.stdout
+    assert done.stderr == ""
