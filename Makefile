@@ -7,7 +7,7 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: help install demo evaluate ruler models check test test-slow test-ray test-gpu dist test-dist lint sanitize benchmark
+.PHONY: help install demo evaluate ruler models check test test-slow test-ray test-gpu test-vllm-next dist test-dist lint sanitize benchmark
 .PHONY: format train clean
 
 help:  ## this list
@@ -65,6 +65,13 @@ test-ray: install  ## those that start Ray
 test-gpu:  ## those that need a GPU, with the Python that is there: PYTHON=...
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest tests/gpu
 
+.venv-next/.installed: packaging/vllm_next.py .venv/.installed
+	$(BIN)/python packaging/vllm_next.py .venv-next
+	touch $@
+
+test-vllm-next: .venv-next/.installed  ## the engine tests on the next vLLM's Python, over the compiled parts of this one
+	.venv-next/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not ray and not dist" $(or $(TESTS),tests/engine)
+
 # The wheel comes from the source distribution, which so is known to hold what it needs. Its kernels are for .venv's torch.
 dist: install  ## the source distribution and the wheel
 	rm -rf dist
@@ -104,4 +111,4 @@ train: install  ## train the demo's model anew
 	$(BIN)/python -m benchmarks.train_demo_model
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv build dist demo-results evaluation-results *.egg-info
+	rm -rf .venv .venv-next build dist demo-results evaluation-results *.egg-info
