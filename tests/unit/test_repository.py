@@ -67,7 +67,7 @@ def test_the_commands_that_the_form_asks_for_exist() -> None:
     for name, command in typer.main.get_command(app).commands.items():
         known[f"vllm-selfextend {name}"] = {option for parameter in command.params for option in parameter.opts}
     asked = re.findall(r"`(vllm(?:-selfextend)? \S+?)((?: [^`]*)?)`", (FORMS / "bug.yml").read_text(encoding="utf-8"))
-    assert {command for command, _ in asked} >= {"vllm-selfextend plan", "vllm collect-env"}
+    assert {command for command, _ in asked} >= {"vllm-selfextend plan", "vllm-selfextend doctor", "vllm collect-env"}
     for command, arguments in asked:
         assert command in known
         assert set(re.findall(r"--[\w-]+", arguments)) <= known[command], command
