@@ -7,8 +7,8 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: help install demo evaluate ruler models check test test-slow test-ray test-gpu test-vllm-next dist test-dist lint sanitize benchmark
-.PHONY: format train clean
+.PHONY: help install demo evaluate ruler models docs check test test-slow test-ray test-gpu test-vllm-next dist test-dist
+.PHONY: lint sanitize benchmark format train clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -46,6 +46,20 @@ ruler: install  ## RULER's tasks on that model
 
 models: install  ## prove or refuse every decoder architecture of vLLM's, and write docs/models.md
 	@$(BIN)/python -m benchmarks.model_proof --docs
+
+# An environment of its own, which takes seconds where .venv takes minutes: pages need neither vLLM nor torch. So what is in it
+# is a dependency group and no extra, which pip installs with the package only, and so with torch.
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+# The first pip that installs groups.
+	.venv-docs/bin/python -m pip --disable-pip-version-check install -q "pip>=25.1"
+	.venv-docs/bin/python -m pip install -q --group docs
+	touch $@
+
+# Without Material's notice of its end, which pyproject.toml has. Never -q: MkDocs then passes over what strict is to find.
+docs: .venv-docs/.installed  ## the docs as a site in site/, every link checked; seconds, without .venv
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+	@echo "site/index.html is the front page. With the search: $(PYTHON) -m http.server -d site"
 
 check: lint  ## every static check and the unit tests, a minute
 	$(BIN)/pytest -q tests/unit
@@ -111,4 +125,4 @@ train: install  ## train the demo's model anew
 	$(BIN)/python -m benchmarks.train_demo_model
 
 clean:  ## remove .venv and everything built
-	rm -rf .venv .venv-next build dist demo-results evaluation-results *.egg-info
+	rm -rf .venv .venv-next .venv-docs build dist site demo-results evaluation-results *.egg-info

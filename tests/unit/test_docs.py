@@ -19,8 +19,9 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 # vllm_selfextend/backends is a link, which rglob does not follow.
 SOURCES = [*sorted((ROOT / "vllm_selfextend").rglob("*.py")), *sorted((ROOT / "backends").rglob("*.py"))]
 SOURCES.append(ROOT / "setup.py")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if page.exists()]
+INDEX = ROOT / "llms.txt"
 
 VALUE = "\0"
 """Where a message has a value."""
@@ -145,7 +146,7 @@ def links(page: Path) -> Iterator[tuple[int, str]]:
         yield from ((number, target) for target in targets if not re.match(r"[a-z]+:", target))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, INDEX], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links(page: Path) -> None:
     for number, target in links(page):
         path, _, anchor = target.partition("#")
@@ -159,3 +160,14 @@ def test_links(page: Path) -> None:
 def test_the_feature_matrix_is_what_the_code_refuses() -> None:
     tables = runpy.run_path(str(ROOT / "docs" / "feature_matrix.py"))["tables"]()
     assert tables in (ROOT / "docs" / "limits.md").read_text(encoding="utf-8")
+
+
+def test_llms_txt_has_every_page_once() -> None:
+    """In the format of llmstxt.org: a title, a summary, sections of pages, each with what is on it."""
+    text = INDEX.read_text(encoding="utf-8")
+    head, *sections = re.split(r"^## .+\n", text, flags=re.MULTILINE)
+    assert re.match(r"# .+\n\n(> .+\n)+\n", head)
+    listed = [line for section in sections for line in section.splitlines() if line]
+    entries = [re.fullmatch(r"- \[[^]]+\]\(([^)#]+)\): .+", line) for line in listed]
+    assert all(entries), listed
+    assert sorted(entry[1] for entry in entries if entry) == sorted(page.relative_to(ROOT).as_posix() for page in PAGES)

@@ -60,6 +60,13 @@ def test_every_module_is_packaged(egg_info: Path) -> None:
     assert {path for path in sources if path.startswith("vllm_selfextend/") and path.endswith(".py")} == modules
 
 
+def test_what_the_site_is_made_with_stays_out_of_the_source_distribution(egg_info: Path) -> None:
+    sources = set((egg_info / "SOURCES.txt").read_text(encoding="utf-8").splitlines())
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")} <= sources
+    assert "CITATION.cff" in sources
+    assert not {path for path in sources if path.startswith(("docs/theme", ".github", "mkdocs.yml", "llms.txt"))}
+
+
 @pytest.mark.parametrize("left", ["a file", "nothing"])
 def test_a_copy_that_lost_the_link_says_how_to_put_it_back(left: str, tmp_path: Path) -> None:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
