@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 # vllm_selfextend/backends is a link, which rglob does not follow.
 SOURCES = [*sorted((ROOT / "vllm_selfextend").rglob("*.py")), *sorted((ROOT / "backends").rglob("*.py"))]
 SOURCES.append(ROOT / "setup.py")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if page.exists()]
 
 VALUE = "\0"
@@ -144,7 +144,7 @@ def links(page: Path) -> Iterator[tuple[int, str]]:
         yield from ((number, target) for target in targets if not re.match(r"[a-z]+:", target))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links(page: Path) -> None:
     for number, target in links(page):
         path, _, anchor = target.partition("#")
