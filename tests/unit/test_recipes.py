@@ -14,12 +14,13 @@ import shlex
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
 from typer.testing import CliRunner
 from vllm.config import CacheConfig
+from vllm.config.parallel import DistributedExecutorBackend
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -43,7 +44,7 @@ GIB = 2**30
 ELSEWHERE = ("tensor_parallel_size", "distributed_executor_backend", "kv_transfer_config")
 """Arguments that need GPUs or LMCache, and change no number of a plan."""
 MULTIPROCESSORS = 132
-"""Of an H100; a decode's buffers, which follow from it, are below a prefill's on any."""
+"""Of an H100. A decode needs room that follows from it, less than a prefill in every row."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -125,6 +126,8 @@ def parsed(words: list[str]) -> Command:
     """
     assert words[2] in CONFIGS
     default, given = (EngineArgs.from_cli_args(serve_parser().parse_args(one)) for one in (words[2:3], words[2:]))
+    executor = given.distributed_executor_backend
+    assert executor in (None, *get_args(DistributedExecutorBackend)), f"vLLM would look for a class called {executor}"
     changed = {
         field.name: getattr(given, field.name)
         for field in dataclasses.fields(EngineArgs)
@@ -201,8 +204,15 @@ def prefill_buffers(model: str, max_model_len: int, step: int, num_gpus: int) ->
     return workspace_size(*shape, torch.bfloat16, Device(None, MULTIPROCESSORS), room)
 
 
+def gpus_of(row: dict[str, str]) -> tuple[int, str]:
+    """How many GPUs of which kind a row of a page's table is about."""
+    number, gpu = re.fullmatch(r"(?:(\d+) of )?(\d+ GB|a CPU)", row["on"]).groups()
+    return int(number or 1), gpu
+
+
 def row_of(row: dict[str, str], commands: list[Command]) -> tuple[Command, dict[str, str]]:
     """What a row of a page's table is about, and what has to stand in it."""
+    num_gpus, gpu = gpus_of(row)
     model, length = re.fullmatch(r"`(.+)`, ([\d,]+)", row["served"]).groups()
     engine_args: dict[str, Any] = {"16 bits": {}, "fp8": {"kv_cache_dtype": "fp8"}}[row["cache"]]
     steps = {one.engine_args.get("max_num_batched_tokens") for one in commands}
@@ -211,12 +221,11 @@ def row_of(row: dict[str, str], commands: list[Command]) -> tuple[Command, dict[
         engine_args = engine_args | {"max_num_batched_tokens": step}
     about = Command(model, int(length.replace(",", "")), {}, engine_args)
     report = plan(about)
-    if row["on"] == "a CPU":
-        num_gpus, buffers = 1, None
+    if gpu == "a CPU":
+        buffers = None
         (left,) = {one.engine_args["kv_cache_memory_bytes"] for one in commands}  # of all of the page
     else:
-        number, gpu = re.fullmatch(r"(?:(\d+) of )?(\d+ GB)", row["on"]).groups()
-        num_gpus, counted = int(number or 1), gpus()[gpu]
+        counted = gpus()[gpu]
         buffers = prefill_buffers(model, about.max_model_len, step or counted.step, num_gpus)
         left = (counted.taken - counted.kept_back) * GIB - weights(model) / num_gpus
     a_sequence = report.kv_bytes_per_sequence / num_gpus
@@ -247,10 +256,14 @@ def test_the_memory_counted(page: Path) -> None:
         about, expected = row_of(row, commands)
         assert row | {"at once": row["at once"].partition(",")[0]} == expected
         if expected["at once"] != "none":
-            fits.add((about.model, about.max_model_len, row["cache"]))
+            fits.add((about.model, about.max_model_len, row["cache"], gpus_of(row)[0]))
     for command in commands:
-        cache = command.engine_args.get("kv_cache_dtype", "16 bits")
-        assert (command.model, command.max_model_len, cache) in fits, f"{command} has no row in which it fits"
+        cache, num_gpus = (
+            command.engine_args.get(name, default)
+            for name, default in (("kv_cache_dtype", "16 bits"), ("tensor_parallel_size", 1))
+        )
+        about = command.model, command.max_model_len, cache, num_gpus
+        assert about in fits, f"{command} has no row in which it fits"
 
 
 @pytest.mark.parametrize("page", RECIPES, ids=lambda page: page.stem)
