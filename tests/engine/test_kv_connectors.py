@@ -89,9 +89,8 @@ def test_files_are_read_by_the_same_layout_only(
 
 def configure(checkpoint: Callable, connector: str | dict[str, Any], **settings: Any) -> Any:
     config = through(connector) if isinstance(connector, str) else connector
-    return EngineArgs(
-        checkpoint("llama"), dtype="float32", kv_transfer_config=config, **settings
-    ).create_engine_config()
+    settings = {"dtype": "float32", **settings}
+    return EngineArgs(checkpoint("llama"), kv_transfer_config=config, **settings).create_engine_config()
 
 
 def test_what_connectors_go_by(checkpoint: Callable, tmp_path: Path) -> None:
@@ -119,7 +118,7 @@ def test_servers_of_other_lengths_share(checkpoint: Callable) -> None:
         settings = {**extended(6), "max_model_len": max_model_len, "additional_config": {"self_extend": numbers}}
         return cache_layout(configure(checkpoint, "OffloadingConnector", **settings))
 
-    assert name(128) == name(256) == name(1024) == "self_extend-gauto42s4-w16-l64-exact64-log64-cpu-2"
+    assert name(128) == name(256) == name(1024) == "self_extend-gauto42s4-w16-l64-exact64-log64-cpu-2-float32"
     assert name(128, group_size=8) == name(256, group_size=8) != name(256)
 
 
@@ -130,7 +129,7 @@ def test_a_connector_that_cannot_be_told_is_named(checkpoint: Callable, monkeypa
     assert said == []
     configure(checkpoint, "MooncakeConnector", **extended(6))
     assert "MooncakeConnector" in said[0]
-    assert "self_extend-g6-w16-l64-exact64-log64-cpu-2" in said[0]
+    assert "self_extend-g6-w16-l64-exact64-log64-cpu-2-float32" in said[0]
 
 
 def test_connectors_in_a_connector(checkpoint: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,6 +161,13 @@ def test_every_number_that_changes_keys_is_in_the_name(checkpoint: Callable) -> 
     changes = ({}, {"neighbor_window": 24}, {"trained_length": 60}, {"exact_short": False}, {"log_scale": False})
     configs = [configure(checkpoint, "OffloadingConnector", **extended(6, **change)) for change in changes]
     assert len({cache_layout(config) for config in configs}) == len(changes)
+
+
+def test_the_type_that_keys_are_kept_in_is_in_the_name(checkpoint: Callable) -> None:
+    """Not every connector knows it."""
+    changes = ({}, {"dtype": "bfloat16"}, {"kv_cache_dtype": "bfloat16"}, {"kv_cache_dtype": "fp8"})
+    names = [cache_layout(configure(checkpoint, "ExampleConnector", **extended(6), **change)) for change in changes]
+    assert [name.rpartition("-")[2] for name in names] == ["float32", "bfloat16", "bfloat16", "fp8_e4m3"]
 
 
 def test_the_factors_of_longrope_are_in_the_name(checkpoint: Callable) -> None:

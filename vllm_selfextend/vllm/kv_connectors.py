@@ -74,7 +74,15 @@ def cache_layout(vllm_config: VllmConfig) -> str:
     numbers = f"g{group_size}-w{plan.neighbor_window}-l{plan.trained_length}"
     switches = f"exact{plan.exact_len}-log{plan.log_scale_len}"
     rotation = "".join(f"{factors}-" for factors in _longrope_factors(vllm_config.model_config))
-    return f"self_extend-{numbers}-{switches}-{rotation}{load_kernels(plan.kernel).CACHE_LAYOUT}"
+    return f"self_extend-{numbers}-{switches}-{rotation}{load_kernels(plan.kernel).CACHE_LAYOUT}-{_dtype(vllm_config)}"
+
+
+def _dtype(vllm_config: VllmConfig) -> str:
+    """Of what lies in the cache. Not every connector keeps that apart: `ExampleConnector` and LMCache do not."""
+    dtype = str(vllm_config.cache_config.cache_dtype)
+    if dtype == "auto":
+        dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return "fp8_e4m3" if dtype == "fp8" else dtype
 
 
 def _longrope_factors(model_config: ModelConfig) -> set[str]:
