@@ -56,7 +56,7 @@ models: install  ## prove or refuse every decoder architecture of vLLM's, and wr
 	.venv-docs/bin/python -m pip install -q --group docs
 	touch $@
 
-# Without Material's notice of its end, which pyproject.toml has. Never -q: MkDocs then passes over what strict is to find.
+# Without Material's notice that MkDocs 2 is not for it, as pyproject.toml says. Never -q: MkDocs then passes over what strict is to find.
 docs: .venv-docs/.installed  ## the docs as a site in site/, every link checked; seconds, without .venv
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
 	@echo "site/index.html is the front page. With the search: $(PYTHON) -m http.server -d site"
@@ -83,7 +83,7 @@ test-gpu:  ## those that need a GPU, with the Python that is there: PYTHON=...
 	$(BIN)/python packaging/vllm_next.py .venv-next
 	touch $@
 
-test-vllm-next: .venv-next/.installed  ## the engine tests on the next vLLM's Python, over the compiled parts of this one
+test-vllm-next: .venv-next/.installed  ## the engine tests on the next vLLM's Python, over this one's compiled parts; x86-64
 	.venv-next/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not ray and not dist" $(or $(TESTS),tests/engine)
 
 # The wheel comes from the source distribution, which so is known to hold what it needs. Its kernels are for .venv's torch.

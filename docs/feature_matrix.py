@@ -47,9 +47,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "images that see themselves in both directions": {"use_mm_prefix": True},
     "scales of an 8-bit cache per head": {"use_per_head_quant_scales": True},
     "prefill context parallelism": {"use_pcp": True},
+    "sliding windows by request (R-SWA)": {"use_rswa": True},
     "batch invariance (`VLLM_BATCH_INVARIANT`)": {"use_batch_invariant": True},
 }
-"""By what people call them: what vLLM asks then. Others are refused by `vllm.support`."""
+"""By what people call them: what vLLM asks then."""
 
 
 def refused(**asked: Any) -> bool:
@@ -85,7 +86,7 @@ def _shared() -> Iterator[tuple[str, str]]:
         yield title, "no" if refused(**asked) else "yes"
     yield "decode context parallelism", "no" if _unsupported(decode_context_parallel_size=2) else "yes"
     without = [one for one in sorted({*_literals(SpeculativeMethod)}) if _unsupported(method=one)]
-    yield "speculation", "all methods of vLLM's but " + ", ".join(f"`{one}`" for one in without)
+    yield "methods of speculation that are refused", ", ".join(f"`{one}`" for one in without)
 
 
 def _unsupported(decode_context_parallel_size: int = 1, method: str | None = None) -> bool:
@@ -113,7 +114,7 @@ def _literals(kind: Any) -> Iterator[str]:
 
 
 def _device_name(device_type: str | None) -> str:
-    return {"cpu": "CPUs", "cuda": "NVIDIA's and AMD's GPUs", None: "what has no other"}[device_type]
+    return {"cpu": "CPUs", "cuda": "NVIDIA's and AMD's GPUs", None: "any other device"}[device_type]
 
 
 def _capability(kernels: Kernels) -> str:

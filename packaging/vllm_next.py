@@ -1,8 +1,8 @@
 """An environment with the next vLLM on a CPU, before there is a build for CPUs: `python packaging/vllm_next.py FOLDER`.
 
-PyPI's wheel is for CUDA. Its Python goes over the compiled parts of the CPU build that is installed beside this
-interpreter, and everything else is taken from there. Operators that have changed since are not there or fail: what a
-test of this environment shows of those is vLLM's, not ours.
+PyPI's wheel is for CUDA (on x86-64 here). Its Python goes over the compiled parts of the CPU build that is installed
+beside this interpreter, and everything else is taken from there. Operators that have changed since are not there or
+fail: what a test of this environment shows of those is vLLM's, not ours.
 """
 
 import importlib.util

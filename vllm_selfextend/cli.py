@@ -167,18 +167,29 @@ def plan(
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Say what is installed and which kernels would run here, and see whether the small model answers right."""
-    from .doctor import findings
+    # Its log says which kernels ran.
+    os.environ |= {
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_CONFIGURE_LOGGING": "1",
+    }
+    from .doctor import examine
     from .evaluation.screen import Stopped
 
-    found = []
+    found: list[Finding] = []
+
+    def tell(finding: "Finding") -> None:
+        found.append(finding)
+        if not as_json:
+            _print_finding(finding)
+
     try:
-        for finding in findings():
-            found.append(finding)
-            if not as_json:
-                _print_finding(finding)
+        examine(tell)
     except Stopped as stop:
         errors.print("Stopped.")
         raise typer.Exit(128 + stop.signum) from stop
+    except (ValueError, OSError) as error:  # there is no folder for the log
+        _fail(error)
     problems = sum(finding.problem is not None for finding in found)
     if as_json:
         typer.echo(json.dumps({"problems": problems, "findings": [dataclasses.asdict(one) for one in found]}, indent=2))

@@ -1,5 +1,6 @@
 """The histogram of group sizes: which requests are in it, and that it is there with the backend only."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,14 @@ from prometheus_client import REGISTRY
 
 from vllm_selfextend.method.config import SelfExtendConfig
 from vllm_selfextend.method.plan import write_plan
+from vllm_selfextend.vllm import metrics
 from vllm_selfextend.vllm.metrics import GroupSizeStatLogger, count_group_sizes
+
+
+@pytest.fixture(autouse=True)
+def _no_engine_before() -> Iterator[None]:
+    yield
+    metrics._forget_histogram()
 
 
 def engine_config(max_model_len: int, **settings: Any) -> SimpleNamespace:
@@ -53,9 +61,11 @@ def test_numbers_of_a_users_own() -> None:
 def test_the_logger_is_added_where_positions_are_grouped(given: list | None) -> None:
     seen = []
     init = count_group_sizes(lambda *arguments, **more: seen.append((arguments, more)))
+    GroupSizeStatLogger(engine_config(4096), [0])
     for config in (SimpleNamespace(additional_config={}), engine_config(256)):
         init("manager", config, [0], given, True, client_count=2)
         assert seen.pop() == (("manager", config, [0], given, True), {"client_count": 2})
+        assert observed() == (None, None), "an earlier engine's is gone"
     config = engine_config(257)
     init("manager", vllm_config=config, engine_idxs=[0], custom_stat_loggers=given)
     assert seen.pop() == (("manager", config, [0], [*(given or ()), GroupSizeStatLogger]), {})

@@ -17,7 +17,8 @@ NAME = "vllm_selfextend:request_group_size"
 
 BUCKETS = (1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
 
-_histogram: Histogram | None = None
+_histograms: list[Histogram] = []
+"""That of this process's engine, if it has one."""
 
 
 class GroupSizeStatLogger(AggregateStatLoggerBase):
@@ -28,7 +29,10 @@ class GroupSizeStatLogger(AggregateStatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
         self.plan = read_plan(vllm_config)
-        histogram, model_name = _new_histogram(), vllm_config.model_config.served_model_name
+        what = "Group size of the last query of requests that went past the trained length."
+        histogram = Histogram(NAME, what, labelnames=["model_name", "engine"], buckets=BUCKETS)
+        _histograms.append(histogram)
+        model_name = vllm_config.model_config.served_model_name
         self.histograms = {index: histogram.labels(model_name, str(index)) for index in engine_indexes}
 
     def record(
@@ -67,6 +71,7 @@ def count_group_sizes(original: Callable[..., None]) -> Callable[..., None]:
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        _forget_histogram()
         if has_plan(vllm_config) and read_plan(vllm_config).groups:
             custom_stat_loggers = [*(custom_stat_loggers or ()), GroupSizeStatLogger]
         original(self, vllm_config, engine_idxs, custom_stat_loggers, *args, **kwargs)
@@ -74,12 +79,8 @@ def count_group_sizes(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-def _new_histogram() -> Histogram:
-    """In place of an earlier engine's, as vLLM does with its own."""
-    global _histogram
-    if _histogram is not None:
+def _forget_histogram() -> None:
+    """An earlier engine's, as vLLM does with its own numbers."""
+    while _histograms:
         with contextlib.suppress(KeyError):  # somebody cleared the registry
-            REGISTRY.unregister(_histogram)
-    what = "Group size of the last query of requests that went past the trained length."
-    _histogram = Histogram(NAME, what, labelnames=["model_name", "engine"], buckets=BUCKETS)
-    return _histogram
+            REGISTRY.unregister(_histograms.pop())
