@@ -105,6 +105,13 @@ def test_plan_prints_a_command_for_the_shell(tmp_path: Path) -> None:
     assert "--additional-config" not in invoke("plan", model, *options).stdout, "there is nothing to choose"
 
 
+def test_plan_where_a_connectors_package_is_missing() -> None:
+    connector = {"kv_transfer_config": {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"}}
+    result = invoke("plan", MODEL_DIR, "--max-model-len", 4096, "--engine-args", json.dumps(connector))
+    assert result.exit_code == 1
+    assert "no: No module named 'lmcache'" in " ".join(result.stdout.replace("│", "").split())
+
+
 @pytest.mark.parametrize(("text", "tokens"), [("4k", 4000), ("4K", 4096), ("4096", 4096), ("1.5k", 1500)])
 def test_lengths_as_vllm_reads_them(text: str, tokens: int) -> None:
     report = plan(MODEL_DIR, "--max-model-len", text, "--trained-length", "1K")

@@ -148,7 +148,7 @@ def _start_up(arguments: dict[str, Any], settings: dict[str, Any], plan: Extensi
         if plan.groups:
             check_model(model, arguments["model"], plan)
         return cache_size(vllm_config)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
+    except (AssertionError, ImportError, NotImplementedError, RuntimeError) as error:
         raise ValueError(str(error)) from error
 
 
