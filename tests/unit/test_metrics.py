@@ -14,7 +14,8 @@ from vllm_selfextend.vllm.metrics import GroupSizeStatLogger, count_group_sizes
 
 
 @pytest.fixture(autouse=True)
-def _no_engine_before() -> Iterator[None]:
+def _no_engine_before_or_after() -> Iterator[None]:
+    metrics._forget_histogram()
     yield
     metrics._forget_histogram()
 
