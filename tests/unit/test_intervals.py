@@ -15,6 +15,14 @@ def test_wilson() -> None:
         assert (estimate.low, estimate.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
 
 
+def test_none_and_all_have_intervals_around_them() -> None:
+    """As pictures draw them: rounding once put the upper limit of 48 of 48 below it."""
+    for asked in range(1, 200):
+        for found in (0, asked):
+            estimate = share(found, asked)
+            assert 0.0 <= estimate.low <= estimate.value <= estimate.high <= 1.0
+
+
 def test_students_interval() -> None:
     estimate = mean([1.0, 2.0, 3.0, 4.0])
     # t(0.975, 3) = 3.1824, standard error sqrt(5/3)/2.

@@ -32,7 +32,9 @@ def share(found: float, asked: int) -> Estimate:
     value, squared = found / asked, float(stats.norm.ppf((1 + LEVEL) / 2)) ** 2 / asked
     middle = value + squared / 2
     reach = math.sqrt(squared * (value * (1 - value) + squared / 4))
-    return Estimate(value, max(0.0, (middle - reach) / (1 + squared)), min(1.0, (middle + reach) / (1 + squared)))
+    low, high = (middle - reach) / (1 + squared), (middle + reach) / (1 + squared)
+    # Of none and all, rounding puts a limit on the wrong side.
+    return Estimate(value, min(value, max(0.0, low)), max(value, min(1.0, high)))
 
 
 def average(estimates: Sequence[Estimate]) -> Estimate:
