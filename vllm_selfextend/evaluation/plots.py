@@ -162,7 +162,9 @@ def _curves(axes: "Axes", estimates: Mapping[Method, Sequence[Estimate | None]])
 def _legend(figure: Figure, title: str) -> None:
     """One for all panels, below them, and the title above."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 if len(labels) > 3 else 3)
+    # As many columns as fit: an inch has room for about twelve letters, a handle takes six.
+    columns = int(12 * figure.get_figwidth()) // (max(map(len, labels)) + 6)
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(columns, len(labels))))
     figure.suptitle(title, fontsize="medium")
 
 
