@@ -84,12 +84,12 @@ def examine(tell: Tell) -> None:
 
     with run_folder(None) as folder:
         with folder.logging():
-            is_answered = _examine(tell, folder.log)
-        folder.is_of_use = not is_answered
+            is_of_use = _examine(tell, folder.log)
+        folder.is_of_use = is_of_use
 
 
 def _examine(tell: Tell, log: Path) -> bool:
-    """The same; whether the log is of no use."""
+    """The same; whether the log has something to keep: what vLLM said where the answer is not right."""
     tell(Finding("Python", f"{platform.python_version()}, {sys.prefix}"))
     installed = {package: found for package in PACKAGES if (found := _version(package)) is not None}
     for package, found in installed.items():
@@ -99,13 +99,13 @@ def _examine(tell: Tell, log: Path) -> bool:
     device, problem_of_torch = _in_a_process(_device_of_torch)
     if device is None:
         tell(Finding("torch", "cannot be used", problem_of_torch))
-        return True
+        return False
     has_vllm = importlib.util.find_spec("vllm") is not None
     if has_vllm:
         found_by_vllm, problem_of_vllm = _in_a_process(_device_of_vllm)
         if found_by_vllm is None:
             tell(Finding("vLLM", "cannot be loaded", problem_of_vllm))
-            return True
+            return False
         without = found_by_vllm.type == "cuda" and device.type != "cuda"
         problem = "vLLM is built for a GPU, and torch can use none here: see what nvidia-smi or rocminfo says."
         device = found_by_vllm
@@ -117,8 +117,8 @@ def _examine(tell: Tell, log: Path) -> bool:
         can_apply = "transformers" in installed
         found = "not installed; transformers can be extended" if can_apply else "not installed"
         tell(Finding("vLLM", found, None if can_apply else f"Without vLLM nothing is served. {INSTALL_VLLM}"))
-        return True
-    return not _serves(tell, has_package="vllm-selfextend" in installed) or _answers(tell, log)
+        return False
+    return _serves(tell, has_package="vllm-selfextend" in installed) and not _answers(tell, log)
 
 
 def _version(package: str) -> str | None:
@@ -172,9 +172,8 @@ def _device_of_vllm() -> Device:
 def _cpu() -> Device:
     import torch
 
-    capabilities: dict[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # not in every torch that is supported
+    # Not in every torch that is supported.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
     return Device("cpu", f"CPU, {name}, {os.cpu_count()} cores")
 
