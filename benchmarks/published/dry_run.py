@@ -15,6 +15,9 @@ ENGINE_ARGS = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes
 SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "initializer_range": 0.1}
 """Where the config does not say: heads and positions are the model's own."""
 
+SHORTER = 8
+"""What RULER's lengths are divided by: with 16 the words of `ruler_cwe` would not fit into 4,096 divided."""
+
 WITHOUT_DATA = ("niah_single_1", "ruler_cwe")
 """What is asked of RULER: tasks whose prompts need no network."""
 
