@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from benchmarks import gpu_prediction
+from vllm_selfextend.evaluation.intervals import share
 from vllm_selfextend.evaluation.summary import task_share
 from vllm_selfextend.evaluation.tables import percent
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+FRONT = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
 METHODS = ("unmodified", "yarn", "self-extend")
 
@@ -19,6 +21,15 @@ METHODS = ("unmodified", "yarn", "self-extend")
 def kept(name: str) -> dict[str, Any]:
     results: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return results
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def sentences(page: Path) -> str:
+    """A page in one line: where its lines end says nothing."""
+    return " ".join(page.read_text(encoding="utf-8").split())
 
 
 def keys_found(results: dict[str, Any], method: str, *lengths: int) -> str:
@@ -35,7 +46,7 @@ def loss(results: dict[str, Any], method: str, begin: int, key: str | None = Non
     return cell[key] if key else f"{cell['value']:.3f}"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", PAGE], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [FRONT, PAGE], ids=lambda page: page.name)
 def test_the_real_models_table(page: Path) -> None:
     text, results = page.read_text(encoding="utf-8"), kept("real_model_32768")
     for title, lengths in (
@@ -63,6 +74,39 @@ def test_the_long_servers_tables() -> None:
         assert f"| on the server of {title} | {cells} |\n" in text
 
 
+def test_how_far_yarn_is_behind() -> None:
+    text, results = sentences(FRONT), [kept("real_model_32768"), kept("real_model_65536")]
+    short, long = ([loss(one, "yarn", begin, "above_self_extend") for one in results] for begin in (0, 8192))
+    interval = "({low:.2f} to {high:.2f})"
+    assert (
+        "by {value:.2f} within the trained length on that server (95 %: {low:.2f} to {high:.2f})".format(**short[0])
+        in text
+    )
+    assert ("by {value:.2f} " + interval + " on one sized for 65,536").format(**short[1]) in text
+    assert f"ahead past it too, by {long[0]['value']:.2f} and {long[1]['value']:.2f}." in text
+
+
+def test_what_three_keys_say() -> None:
+    all_of_three, two_of_three = share(3, 3), share(2, 3)
+    assert (
+        f"(3 of 3 has a 95 % interval of {100 * all_of_three.low:.0f} to {100 * all_of_three.high:.0f} %, "
+        f"2 of 3 of {100 * two_of_three.low:.0f} to {100 * two_of_three.high:.0f} %)"
+    ) in sentences(PAGE)
+
+
+def test_the_front_pages_speeds() -> None:
+    """With several query heads a KV head, as nearly every model has them; `docs/speed.md` has the others."""
+    speedups: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    for row in lines("cpu_avx512_attention.jsonl"):
+        grouped, ours = row["num_heads"] > row["num_kv_heads"], row["version"] != "0.2.0"
+        if grouped and ours and row["phase"] != "store" and row["dtype"] in speedups:
+            speedups[row["dtype"]].append(row["speedup"])
+    full, half = (f"{min(found):.1f} to {max(found):.1f} times" for found in speedups.values())
+    assert f"with grouped heads {full} as fast as vLLM's own attention in float32, {half} in bfloat16" in sentences(
+        FRONT
+    )
+
+
 def test_the_demos_table() -> None:
     text, rows = PAGE.read_text(encoding="utf-8"), kept("demo")["answers"]
     for length in (256, 512, 1024, 2048, 4096):
@@ -79,7 +123,7 @@ def test_the_demos_table() -> None:
 
 def test_every_architecture_is_proved_or_refused_in_both_hosts() -> None:
     """Or cannot be run there without us; what is refused says why. None crashes, none differs."""
-    rows = [json.loads(line) for line in (RESULTS / "model_proof.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = lines("model_proof.jsonl")
     page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     for row in rows:
         applied, name = row["applied"], row["name"]
@@ -91,6 +135,8 @@ def test_every_architecture_is_proved_or_refused_in_both_hosts() -> None:
         in_vllm, in_transformers = line.strip("| ").split(" | ")[2:]
         assert in_vllm.strip("*").startswith(row["status"]), name
         assert in_transformers.strip("*").startswith(applied["status"]), name
+    proved = {row["name"] for row in rows if row["status"] == "proved"}
+    assert f"[{len(proved)} architectures proved token for token]" in sentences(FRONT)
 
 
 def test_what_a_gpu_should_take() -> None:
@@ -98,8 +144,14 @@ def test_what_a_gpu_should_take() -> None:
 
 
 def test_the_hour_under_load() -> None:
-    text, soak = PAGE.read_text(encoding="utf-8"), kept("soak")
+    text, soak = sentences(PAGE), kept("soak")
     answered = soak["answer"] + soak["stream"] + soak["broken off"]
     assert (soak["wrong"], soak["lost"], soak["not refused"]) == (0, 0, 0)
-    for number in (answered, soak["broken off"], soak["bad"], soak["preemptions"]):
+    for number in (soak["clients"], answered, soak["stream"], soak["broken off"], soak["bad"], soak["preemptions"]):
         assert f"{number:,}" in text
+    assert f"an hour under load of 0.2.0, with none of {answered:,} answers wrong" in sentences(FRONT)
+    grown = {name.split()[0]: sizes for name, sizes in soak["megabytes"].items()}
+    core, worker, server = (grown[name] for name in ("VLLM::EngineCore", "VLLM::Worker", "vllm"))
+    assert f"the engine core's memory grew by {core[1] / core[0] - 1:.1%}".replace("%", " %") in text
+    assert f"the worker's from {worker[0]:.0f} to {worker[1]:.0f} MB" in text
+    assert f"from {server[0]:.0f} to {server[1]:.0f} MB (without the plugin too" in text
