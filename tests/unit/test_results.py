@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from benchmarks import gpu_prediction
-from vllm_selfextend.evaluation.intervals import share
+from vllm_selfextend.evaluation.intervals import Estimate, share
 from vllm_selfextend.evaluation.summary import task_share
 from vllm_selfextend.evaluation.tables import percent
 
@@ -105,6 +106,34 @@ def test_the_front_pages_speeds() -> None:
     assert f"with grouped heads {full} as fast as vLLM's own attention in float32, {half} in bfloat16" in sentences(
         FRONT
     )
+
+
+def test_the_orders_table() -> None:
+    text, results = PAGE.read_text(encoding="utf-8"), kept("order_curve")
+    cells = results["grouped"]["summary"]
+    settings = '{{"exact_short": false, "group_size": {}, "neighbor_window": 32}}'
+    methods = {"none": "self-extend", **{n: f"self-extend {settings.format(n)}" for n in (4, 16, 64)}}
+    shares = {(c["method"], c["distance"], c["gap"]): Estimate(c["value"], c["low"], c["high"]) for c in cells}
+    for group_size, method in methods.items():
+        row = (" / ".join(percent(shares[method, distance, gap]) for gap in (0, 64)) for distance in (16, 64, 128))
+        assert f"| {group_size} | {' | '.join(row)} |\n" in text
+    text, asked = sentences(PAGE), results["grouped"]["settings"]["prompts"]["order"]["count"] // 6
+    assert f"; {asked} questions a cell" in text
+    beside = {name: [shares[method, distance, 0].value for distance in (64, 128)] for name, method in methods.items()}
+    ungrouped, grouped = beside.pop("none"), [value for values in beside.values() for value in values]
+    assert set(ungrouped) == {1.0}
+    right = f"{asked * sum(grouped):.0f} of {asked * len(grouped)} were told right, where without groups all were"
+    assert right in text
+    assert all(shares[method, distance, 64].value == 1.0 for method in methods.values() for distance in (64, 128))
+    rate = f"{100 * sum(grouped) / len(grouped):.0f} % of the time"
+    assert f"still does where 64 tokens lie between them, and {rate} where none do." in sentences(FRONT)
+    near = [cell for cell in cells if cell["gap"] == 0 and cell["distance"] > 32]
+    margins = [fmean(c["margin"]["value"] for c in near if c["method"] == method) for method in methods.values()]
+    assert "by {:.1f} without groups, by {:.1f}, {:.1f} and {:.1f} with groups of 4, 16 and 64".format(*margins) in text
+    longer = results["longer"]
+    largest = max(longer["settings"]["plan"]["group_sizes"].values())
+    least = min(cell["value"] for cell in longer["summary"])
+    assert f"texts up to 4,096 tokens, group sizes up to {largest:.0f}, no cell was below {100 * least:.0f} %." in text
 
 
 def test_the_demos_table() -> None:

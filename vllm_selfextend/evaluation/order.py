@@ -1,7 +1,7 @@
 """The order task: which of two things came first, said a long way back, near each other or apart.
 
-Grouped positions blur what lies close together and far away: where two facts share one, it does not tell their order.
-No passkey asks for that.
+Grouped positions blur what lies close together and far away: where two facts share one, it does not tell their order,
+only what was noticed when they were read does. No passkey asks for that.
 """
 
 import bisect
