@@ -37,7 +37,7 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where the checkpoint and the results go.")] = Path("evaluation-results"),
     rounds: Annotated[int, typer.Option(min=1, help="Prompts per task and length.")] = 14,
 ) -> None:
-    """Fetch SmolLM2-135M-Instruct, put RULER's tasks to it by every method, and draw all of it in one picture."""
+    """Fetch SmolLM2-135M-Instruct, put RULER's tasks to it by every method, and draw what all were asked."""
     model = folder / "SmolLM2-135M-Instruct"
     if not model.exists():
         fetch(model)
@@ -56,7 +56,7 @@ def main(
     document = {"settings": settings, "summary": summarize(rows, NAMES, trained_length), "answers": rows}
     write_json(folder / "ruler.json", document)
     chosen = [METHODS[name] for name in NAMES]
-    plot_ruler(rows, chosen, trained_length, folder / "ruler.png")
+    plot_ruler([row for row in rows if row["task"] in TASKS], chosen, trained_length, folder / "ruler.png")
     Console().print(ruler_table(rows, chosen, trained_length))
     print(f"Wrote ruler.json and ruler.png to {folder}.")
 

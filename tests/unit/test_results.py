@@ -1,6 +1,7 @@
 """The tables of the front page and of `docs/results.md` are what the kept results say."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,13 +10,16 @@ import pytest
 
 from benchmarks import gpu_prediction
 from vllm_selfextend.evaluation.intervals import Estimate, share
-from vllm_selfextend.evaluation.summary import task_share
+from vllm_selfextend.evaluation.prompts import Row
+from vllm_selfextend.evaluation.ruler import RULER_TASKS
+from vllm_selfextend.evaluation.summary import ruler_score, share_kept, task_share
 from vllm_selfextend.evaluation.tables import percent
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 FRONT = ROOT / "README.md"
 PAGE = ROOT / "docs" / "results.md"
+RULER_DONE = ("niah_single_1", "ruler_fwe")
 METHODS = ("unmodified", "yarn", "self-extend")
 
 
@@ -47,18 +51,51 @@ def loss(results: dict[str, Any], method: str, begin: int, key: str | None = Non
     return cell[key] if key else f"{cell['value']:.3f}"
 
 
-@pytest.mark.parametrize("page", [FRONT, PAGE], ids=lambda page: page.name)
-def test_the_real_models_table(page: Path) -> None:
-    text, results = page.read_text(encoding="utf-8"), kept("real_model_32768")
+def test_the_real_models_keys() -> None:
+    text, results = PAGE.read_text(encoding="utf-8"), kept("real_model_32768")
     for title, lengths in (
         ("pass keys found at 4,096 and 8,192 tokens", (4096, 8192)),
         ("at 12,288 and 16,384 tokens", (12288, 16384)),
         ("at 32,768 tokens", (32768,)),
     ):
         assert f"| {title} | {' | '.join(keys_found(results, method, *lengths) for method in METHODS)} |\n" in text
+
+
+@pytest.mark.parametrize("page", [FRONT, PAGE], ids=lambda page: page.name)
+def test_the_real_models_losses(page: Path) -> None:
+    text, results = page.read_text(encoding="utf-8"), kept("real_model_32768")
     for title, begin in (("first 8,192 of 16,384 tokens", 0), ("the rest", 8192)):
         unmodified, yarn, ours = (loss(results, method, begin) for method in METHODS)
         assert f"| loss per token, {title} | {unmodified} | {yarn} | **{ours}** |\n" in text
+
+
+def test_rulers_tables() -> None:
+    rows: list[Row] = kept("real_model_ruler")["answers"]
+    page, front = (path.read_text(encoding="utf-8") for path in (PAGE, FRONT))
+    lengths = (4096, 8192, 12288, 16384, 32768)
+
+    def cells(tasks: Sequence[str], length: int) -> str:
+        scores = (ruler_score(rows, method, tasks, length) for method in METHODS)
+        return " | ".join(percent(score) if score else "-" for score in scores)
+
+    for name, tasks in (("`niah_single_1`", RULER_DONE[:1]), ("`ruler_fwe`", RULER_DONE[1:]), ("mean", RULER_DONE)):
+        lines = [f"| {length:,} | {cells(tasks, length)} |\n" for length in lengths]
+        assert f"| {name} " + "| ".join(lines) in page
+    lines = []
+    for length in lengths[2:]:
+        shares = (share_kept(rows, method, RULER_DONE, length, trained_length=8192) for method in METHODS)
+        lines.append(f"| {length:,} | {' | '.join('-' if one is None else f'{one:.0%}' for one in shares)} |\n")
+    assert "| kept of 8,192 " + "| ".join(lines) in page
+    for length in lengths:
+        title = "RULER at" if length == 4096 else "at"
+        assert f"| {title} {length:,} tokens | {cells(RULER_DONE, length)} |\n" in front
+    means = [score for m in METHODS for n in lengths if (score := ruler_score(rows, m, RULER_DONE, n))]
+    widest = max(mean.high - mean.low for mean in means) / 2
+    assert f"no mean's interval is wider than ±{100 * widest:.0f} points" in sentences(PAGE)
+    for task in set(RULER_TASKS) - set(RULER_DONE):
+        score = ruler_score(rows, "unmodified", [task], 4096)
+        assert score
+        assert f"`{task}` {percent(score)}" in sentences(PAGE)
 
 
 def test_the_long_servers_tables() -> None:

@@ -97,20 +97,21 @@ def ruler_table(rows: Sequence[Row], methods: Sequence[Method], trained_length: 
         table.add_column(method.label, justify="right")
     groups = ruler_groups(rows)
     for name, tasks in groups.items():
-        for length in lengths:
-            scores = (ruler_score(rows, method.name, tasks, length) for method in methods)
+        known = {n: [ruler_score(rows, method.name, tasks, n) for method in methods] for n in lengths}
+        asked = {n: scores for n, scores in known.items() if any(scores)}
+        for length, scores in asked.items():
             cells = [percent(score) if score else "-" for score in scores]
-            table.add_row(name if length == lengths[0] else "", f"{length:,}", *cells)
+            table.add_row(name if length == min(asked) else "", f"{length:,}", *cells)
         table.add_section()
     name, tasks = list(groups.items())[-1]
     past = [length for length in lengths if length > trained_length]
     kept = {n: [share_kept(rows, method.name, tasks, n, trained_length) for method in methods] for n in past}
-    known = {n: values for n, values in kept.items() if any(value is not None for value in values)}
-    if known:
+    shares = {n: values for n, values in kept.items() if any(value is not None for value in values)}
+    if shares:
         table.caption = f"kept: of the unmodified model's {name} within {trained_length:,}"
-    for length, values in known.items():
+    for length, values in shares.items():
         cells = ["-" if value is None else f"{value:.0%}" for value in values]
-        table.add_row("kept" if length == min(known) else "", f"{length:,}", *cells)
+        table.add_row("kept" if length == min(shares) else "", f"{length:,}", *cells)
     return table
 
 
