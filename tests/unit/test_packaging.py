@@ -37,7 +37,7 @@ def test_the_readme_on_a_package_index_has_no_relative_links(metadata: Message) 
     ours = [target.removeprefix(f"{home}/") for target in targets if target.startswith(f"{home}/")]
     pictures = [target.removeprefix(f"raw/v{version}/") for target in ours if target.startswith("raw")]
     pages = [target.removeprefix(f"blob/v{version}/").partition("#")[0] for target in ours if target.startswith("blob")]
-    assert "docs/images/real_model_passkeys.png" in pictures
+    assert "docs/images/real_model_ruler.png" in pictures
     assert "docs/models.md" in pages
     for path in [*pictures, *pages]:
         assert (ROOT / path).exists(), path
