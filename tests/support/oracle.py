@@ -174,7 +174,7 @@ class _Oracle:
                 for name in ROTARY_FUNCTIONS:
                     if hasattr(file, name):
                         stack.enter_context(mock.patch.object(file, name, self._rotary(getattr(file, name))))
-                if hasattr(file, "GPTJAttention"):
+                if hasattr(getattr(file, "GPTJAttention", None), "_attn"):  # before transformers 5.24
                     stack.enter_context(mock.patch.object(file.GPTJAttention, "_attn", _gptj_attention))
                 if hasattr(file, "FalconAttention"):
                     attend = mock.patch("torch.nn.functional.scaled_dot_product_attention", self._of_pytorch)

@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    CodeGenConfig,
     GPTJConfig,
     GPTNeoXConfig,
     NemotronConfig,
@@ -59,6 +62,8 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen3.5": BY_TITLE["Qwen3_5ForCausalLM"].config(),  # gated delta layers, M-RoPE
     "qwen2-vl": BY_TITLE["Qwen2VLForConditionalGeneration"].config(),  # a text model beside others
 }
+if Version(transformers.__version__) >= Version("5.24"):  # before, its code attends by itself, and `apply` refuses it
+    FAMILIES["codegen"] = CodeGenConfig(**{**NO_KV_HEADS, "max_position_embeddings": 256}, rotary_dim=16, n_inner=96)
 
 
 def random_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

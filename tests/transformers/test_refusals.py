@@ -95,6 +95,8 @@ def test_some_layers_without_rope(seed: int) -> None:
 def test_keys_of_a_layer_of_another_kind() -> None:
     """The last layer sees the whole context; the first one, with a window, rotates in another way."""
     model = random_model(FAMILIES["gemma3n"])
+    if not hasattr(model.model.layers[-1].self_attn, "kv_shared_layer_index"):
+        pytest.skip("since transformers 5.23 layers find the keys of their kind, not of a layer")
     model.model.layers[-1].self_attn.kv_shared_layer_index = 0
     model.model.layers[0].self_attn.store_full_length_kv = True
     with pytest.raises(ValueError, match="Gemma3nTextAttention: its queries and keys are not what the model's RoPE"):

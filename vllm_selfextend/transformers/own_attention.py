@@ -1,7 +1,8 @@
-"""Classes of transformers' whose code attends by itself: here they attend through its `AttentionInterface`.
+"""Classes of transformers' whose code attends by itself, or rotates from a table that ends: here they do not.
 
-A module gets a `forward` of its own, which calls the function that the config names and hands it what else it was
-called with. No class is changed, and a call keeps nothing on the module.
+A module gets a `forward` of its own: the first ones' calls the function that the config names, as transformers'
+`AttentionInterface` does, and hands it what else it was called with. No class is changed, and a call keeps nothing on
+the module.
 """
 
 import functools
@@ -22,7 +23,7 @@ def open_attention(model: nn.Module) -> None:
 
     """
     for module in model.modules():
-        if (forward := FORWARDS.get(type(module).__name__)) is None:
+        if (forward := _other_forward(module)) is None:
             continue
         if "forward" in vars(module):
             raise ValueError(
@@ -41,7 +42,7 @@ def close_attention(model: nn.Module) -> None:
 
 def set_attention(model: Any, name: str) -> None:
     """Set what a model attends with, also where transformers knows its code to attend by itself."""
-    if any(type(module).__name__ in FORWARDS for module in model.modules()):
+    if any(_other_forward(module) for module in model.modules()):
         model.config._attn_implementation = name
     else:
         model.set_attn_implementation(name)
@@ -73,6 +74,34 @@ def _falcon(
     return module.dense(attended.flatten(2)), weights
 
 
+class _LongTable:
+    """A module for the time of one call, but that its table `embed_positions` reaches every position of it."""
+
+    def __init__(self, module: Any, position_ids: torch.Tensor) -> None:
+        self._module, needed = module, int(position_ids.max()) + 1
+        table: torch.Tensor = module.embed_positions  # `[positions, rotary_dim]`, to the length it was trained on
+        if len(table) < needed:
+            # Twice as many, so that a text that grows token by token does not make a table each time.
+            size = 1 << needed.bit_length()
+            create = sys.modules[type(module).__module__].create_sinusoidal_positions
+            table = _table(create, size, table.shape[1], position_ids.device)
+        self.embed_positions = table.to(position_ids.device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+@functools.lru_cache(maxsize=4)
+def _table(
+    create: Callable[[int, int], torch.Tensor], num_positions: int, rotary_dim: int, device: torch.device
+) -> torch.Tensor:
+    return create(num_positions, rotary_dim).to(device)
+
+
+def _rotary(module: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    return type(module).forward(_LongTable(module, position_ids), x, position_ids)
+
+
 class _GPTJ:
     """A module for the time of one call: its table reaches every position, and it attends as others do."""
 
@@ -83,15 +112,8 @@ class _GPTJ:
         return getattr(self._module, name)
 
     def _get_embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """`[batch, positions, rotary_dim]`; the model's own ends at the length that it was trained on."""
-        module, needed = self._module, int(position_ids.max()) + 1
-        table: torch.Tensor = module.embed_positions
-        if len(table) < needed:
-            # Twice as many, so that a text that grows token by token does not make a table each time.
-            size = 1 << needed.bit_length()
-            create = sys.modules[type(module).__module__].create_sinusoidal_positions
-            table = _table(create, size, table.shape[1], position_ids.device)
-        return table.to(position_ids.device).expand(len(position_ids), -1, -1)
+        """`[batch, positions, rotary_dim]`."""
+        return _LongTable(self._module, position_ids).embed_positions.expand(len(position_ids), -1, -1)
 
     def _attn(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -101,16 +123,21 @@ class _GPTJ:
         return attended.transpose(1, 2), weights
 
 
-@functools.lru_cache(maxsize=4)
-def _table(
-    create: Callable[[int, int], torch.Tensor], num_positions: int, rotary_dim: int, device: torch.device
-) -> torch.Tensor:
-    return create(num_positions, rotary_dim).to(device)
-
-
 def _gptj(module: Any, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(_GPTJ(module), *args, **kwargs)
 
 
-FORWARDS: dict[str, Callable[..., Any]] = {"FalconAttention": _falcon, "GPTJAttention": _gptj}
+FORWARDS: dict[str, Callable[..., Any]] = {
+    "FalconAttention": _falcon,
+    "GPTJAttention": _gptj,
+    "GPTJRotaryEmbedding": _rotary,
+    "CodeGenRotaryEmbedding": _rotary,
+}
 """By the class's name."""
+
+
+def _other_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """What is to take the place of a module's `forward`, if anything."""
+    forward = FORWARDS.get(type(module).__name__)
+    # Since transformers 5.24 GPT-J attends as others do, and its table is a module's of its own.
+    return None if forward is _gptj and not hasattr(module, "_attn") else forward
