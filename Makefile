@@ -8,7 +8,7 @@ TORCH := torch==2.13.0+cpu
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .PHONY: help install demo evaluate ruler models docs check test test-slow test-ray test-gpu test-vllm-next dist test-dist
-.PHONY: lint sanitize benchmark format train clean
+.PHONY: test-transformers-next lint sanitize benchmark format train clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -85,6 +85,11 @@ test-gpu:  ## those that need a GPU, with the Python that is there: PYTHON=...
 
 test-vllm-next: .venv-next/.installed  ## the engine tests on the next vLLM's Python, over this one's compiled parts; x86-64
 	.venv-next/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not ray and not dist" $(or $(TESTS),tests/engine)
+
+# vLLM holds transformers back; `apply` works without vLLM. So the newest one lies beside .venv's, for these tests alone.
+test-transformers-next: install  ## those of transformers with its newest release
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target build/transformers transformers huggingface-hub tokenizers
+	PYTHONPATH=build/transformers $(PYTEST) $(or $(TESTS),tests/transformers)
 
 # The wheel comes from the source distribution, which so is known to hold what it needs. Its kernels are for .venv's torch.
 dist: install  ## the source distribution and the wheel

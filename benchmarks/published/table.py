@@ -1,7 +1,9 @@
 """A published table, and how it is measured: lm-evaluation-harness puts its tasks to vLLM, a line after another."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,6 +126,9 @@ def run(table: Published) -> None:
         json_path: Annotated[Path | None, typer.Option("--json", help="Append each number here as it comes.")] = None,
         dry_run: Annotated[bool, typer.Option(help="Try it on a random model of the same kind.")] = False,
     ) -> None:
+        if missing := missing_modules(table):
+            needed = "pip install '.[cuda,ruler]' 'lm_eval[longbench]'"
+            sys.exit(f"error: this table needs {', '.join(missing)}: {needed}.")
         arguments = json.loads(engine_args)
         found: dict[tuple[str, str], float] = {}
         with tempfile.TemporaryDirectory() as folder:
@@ -148,6 +153,14 @@ def run(table: Published) -> None:
 
     main.__doc__ = f"{table.title}: {table.source}"
     typer.run(main)
+
+
+def missing_modules(table: Published) -> list[str]:
+    """What is not installed of what its tasks import, which the harness says only when an engine has started."""
+    tasks = [task for column in table.columns for task in column.tasks]
+    of_longbench = ["jieba", "fuzzywuzzy", "rouge"] if any(task.startswith("longbench_") for task in tasks) else []
+    of_ruler = ["nltk", "wonderwords"] if any(column.length for column in table.columns) else []
+    return [name for name in ["lm_eval", *of_ruler, *of_longbench] if importlib.util.find_spec(name) is None]
 
 
 def shorter(table: Published) -> Published:

@@ -1,12 +1,13 @@
 """The scripts that measure others' tables again: what the machine with the weights would refuse is refused here."""
 
 import importlib
+import importlib.util
 import pkgutil
 
 import pytest
 
 from benchmarks import published
-from benchmarks.published.table import RULER, Published, shorter
+from benchmarks.published.table import RULER, Published, missing_modules, shorter
 from vllm_selfextend.evaluation.methods import METHODS
 from vllm_selfextend.method.config import SelfExtendConfig
 from vllm_selfextend.method.plan import CONFIG_KEY
@@ -41,3 +42,9 @@ def test_a_table(name: str, dry: bool) -> None:
 def test_they_ask_all_of_ruler() -> None:
     assert len({*RULER}) == 13
     assert TABLES["llama_2_7b"].columns[0].tasks == RULER
+
+
+def test_what_is_not_installed_is_said_before_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert missing_modules(TABLES["phi_2"]) == ["lm_eval", "jieba", "fuzzywuzzy", "rouge"]
+    assert missing_modules(TABLES["llama_2_7b"]) == ["lm_eval", "nltk", "wonderwords"]
