@@ -1,7 +1,6 @@
 """Caches that keep keys otherwise than as they came: an extended model reads what they hold, as it is."""
 
 import contextlib
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,6 +58,12 @@ def test_a_quantized_cache(model: PreTrainedModel) -> None:
     assert min(differences) > 1e-2, "nothing was rounded"
 
 
+class Stream(contextlib.nullcontext[None]):
+    """In place of a GPU's: everything waits for everything."""
+
+    def wait_stream(self, stream: "Stream") -> None: ...
+
+
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_an_offloaded_cache(kind: type[Cache], model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no GPU, what is not at hand is not a number."""
@@ -79,8 +84,8 @@ def test_an_offloaded_cache(kind: type[Cache], model: PreTrainedModel, monkeypat
     for layer_class in (DynamicLayer, StaticLayer):
         monkeypatch.setattr(layer_class, "offload", offload)
         monkeypatch.setattr(layer_class, "prefetch", prefetch)
-    monkeypatch.setattr(torch, "Stream", lambda *args, **kwargs: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(wait_stream=lambda stream: None))
+    monkeypatch.setattr(torch, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
     settings = {"max_cache_len": 200} if kind is StaticCache else {}
     cache = kind(config=model.config, offloading=True, **settings)
     wanted = greedy(model, PROMPTS[:1], NEW_TOKENS)[0]
