@@ -18,6 +18,9 @@ VERSION = "0.33.0"
 LOCAL = f"{VERSION}+cpu"
 """What vLLM knows a CPU build by."""
 
+ADDED = ("orjson",)
+"""What this vLLM imports without a GPU and the one before did not."""
+
 
 def main(folder: Path) -> None:
     """Make a virtual environment in `folder`."""
@@ -28,7 +31,9 @@ def main(folder: Path) -> None:
     (packages / "installed_beside.pth").write_text(f"import site; site.addsitedir({installed!r})\n", encoding="utf-8")
     with tempfile.TemporaryDirectory() as work:
         wheel = _make_wheel(Path(work))
-        subprocess.run([*_pip("--python", folder / "bin" / "python"), "install", "-q", "--no-deps", wheel], check=True)
+        subprocess.run(
+            [*_pip("--python", folder / "bin" / "python"), "install", "-q", "--no-deps", wheel, *ADDED], check=True
+        )
     print(f"{folder} has vLLM {LOCAL}.")
 
 

@@ -297,7 +297,7 @@ def _extend_draft(vllm_config: VllmConfig, plan: ExtensionPlan, device: torch.de
             )
         else:
             logger.warning("The draft model %s is not extended: %s", draft.model, reason)
-    # Others, as Medusa's heads, have no attention and so no length.
+    # Others, as vLLM 0.32's Medusa heads, have no attention and so no length.
     if reason is None and speculative_config.max_model_len is None:
         draft.max_model_len = plan.max_model_len
     if draft.max_model_len < plan.max_model_len and not vllm_config.use_v2_model_runner:
