@@ -7,11 +7,11 @@ TORCH := torch==2.13.0+cpu
 # PyPI's torch is for CUDA. The CPU build comes from a folder of wheels (PIP_FIND_LINKS) or PyTorch's own index.
 TORCH_FROM := $(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: help install demo evaluate ruler models docs check test test-slow test-ray test-gpu test-vllm-next dist test-dist
-.PHONY: test-transformers-next lint sanitize benchmark format train clean
+.PHONY: help install demo evaluate ruler models docs check test test-slow test-ray test-gpu test-vllm-next
+.PHONY: test-transformers-next dist test-dist lint sanitize benchmark format train clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*  ## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 30
 
 install: .venv/.installed  ## .venv with everything, the kernels compiled in place
 

@@ -61,7 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options += ["--kv-cache-memory-bytes", 256 << 20, "--enforce-eager"]
     options += ["--data-parallel-size", 2, "--api-server-count", 1]
     options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    # Or each of the two wants a NUMA node of its own: for its threads, and in vLLM 0.33 for its memory, which 0 lets be.
+    # Or each of the two wants a NUMA node of its own: for threads, in vLLM 0.33 for memory too, which 0 lets be.
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_SIM_MULTI_NUMA": "0"}
     environment["VLLM_ENFORCE_STRICT_TOOL_CALLING"] = "0"  # a call is JSON alone: the model cannot write tags
     with serve(save_model_that_writes_json(folder / "model"), folder / "log", *options, **environment) as running:
