@@ -29,6 +29,8 @@ ANSWER_LENGTH = 1024
 ENGINE_ARGS = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 256 << 20}
 """Little memory, so that a device may be in use."""
 
+DIED = "the process that tried it died, which a library that was built for others does."
+
 INSTALL_VLLM = (
     "On a GPU machine: pip install 'vllm-selfextend[cuda]'. On a machine without one, with PyTorch's CPU build "
     "installed first: pip install 'vllm-selfextend[cpu]'."
@@ -112,13 +114,14 @@ def _examine(tell: Tell, log: Path) -> bool:
         tell(Finding("device", device.name, problem if without else None))
     else:
         tell(Finding("device", device.name))
-    _examine_kernels(tell, device)
+    has_kernels = _examine_kernels(tell, device)
     if not has_vllm:
         can_apply = "transformers" in installed
         found = "not installed; transformers can be extended" if can_apply else "not installed"
         tell(Finding("vLLM", found, None if can_apply else f"Without vLLM nothing is served. {INSTALL_VLLM}"))
         return False
-    return _serves(tell, has_package="vllm-selfextend" in installed) and not _answers(tell, log)
+    serves = _serves(tell, has_package="vllm-selfextend" in installed)
+    return serves and has_kernels and not _answers(tell, log)
 
 
 def _version(package: str) -> str | None:
@@ -134,7 +137,7 @@ def _in_a_process(ask: Callable[..., Found], *arguments: Any) -> tuple[Found | N
         try:
             return pool.submit(ask, *arguments).result(), None
         except BrokenProcessPool:
-            return None, "the process that tried it died, which a library that was built for others does."
+            return None, DIED
         except Exception as error:  # of whatever is broken; it is what the user is told
             return None, _sentence(error)
 
@@ -182,8 +185,8 @@ def _names(names: list[str]) -> str:
     return ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
 
 
-def _examine_kernels(tell: Tell, device: Device) -> None:
-    """Those that `"auto"` means on a device are marked; those of other devices are no loss."""
+def _examine_kernels(tell: Tell, device: Device) -> bool:
+    """Whether `"auto"` means any on a device; those are marked, and those of other devices are no loss."""
     chosen, why_none = _in_a_process(_choice, device)
     for name, kernel_set in KERNEL_SETS.items():
         variant, why_not = _in_a_process(_variant, name, device)
@@ -191,7 +194,10 @@ def _examine_kernels(tell: Tell, device: Device) -> None:
         problem = None
         if variant is None and kernel_set.device_type == device.type:
             problem = why_none or "They are this device's: without them serving is slow."
+            if why_none == DIED:
+                problem = "What serves with them dies too. Install vllm-selfextend anew, for the torch that is there."
         tell(Finding(f"{name} kernels", found, problem))
+    return chosen is not None
 
 
 def _choice(device: Device) -> str:

@@ -39,8 +39,7 @@ def die() -> None:
 def test_what_kills_a_process_kills_another_one() -> None:
     nothing, why = doctor._in_a_process(die)
     assert nothing is None
-    assert why is not None
-    assert why.startswith("the process that tried it died")
+    assert why == doctor.DIED
     assert doctor._in_a_process(int, "x") == (None, "invalid literal for int() with base 10: 'x'.")
     assert doctor._in_a_process({}.__getitem__, "x") == (None, "KeyError: 'x'.")
     assert doctor._in_a_process(int, "7") == (7, None)
@@ -88,6 +87,17 @@ def test_a_gpu_that_start_up_refuses() -> None:
     assert problem.endswith("Set kernel to 'reference', which runs anywhere, slowly.")
 
 
+def test_a_kernel_library_that_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was cut short does. No engine is started then: it would die without a word."""
+    tried = {doctor._choice: (None, doctor.DIED), doctor._variant: (None, doctor.DIED)}
+    monkeypatch.setattr(doctor, "_in_a_process", lambda ask, *arguments: tried[ask])
+    found: list[Finding] = []
+    assert not doctor._examine_kernels(found.append, CPU)
+    kernels = of("cpu kernels", found)
+    assert kernels.found == f"not here: {doctor.DIED}"
+    assert (kernels.problem or "").endswith("Install vllm-selfextend anew, for the torch that is there.")
+
+
 def test_a_broken_kernel_library_and_a_plugin_that_is_kept_out(tmp_path: Path) -> None:
     """In a copy of the package whose C++ kernels are no library. No engine starts: vLLM would not load the plugin."""
     package = Path(vllm_selfextend.__file__).parent
@@ -117,7 +127,7 @@ def examined(monkeypatch: pytest.MonkeyPatch, packages: dict[str, str], *missing
     monkeypatch.setattr(doctor, "_version", packages.get)
     monkeypatch.setattr(doctor, "_device_of_torch", lambda: CPU)
     monkeypatch.setattr(doctor, "_device_of_vllm", lambda: CPU)
-    monkeypatch.setattr(doctor, "_examine_kernels", lambda tell, device: None)
+    monkeypatch.setattr(doctor, "_examine_kernels", lambda tell, device: True)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name))
     for name in ("VLLM_LOGGING_STREAM", "VLLM_LOGGING_LEVEL", "VLLM_CONFIGURE_LOGGING"):
