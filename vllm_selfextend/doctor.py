@@ -114,14 +114,14 @@ def _examine(tell: Tell, log: Path) -> bool:
         tell(Finding("device", device.name, problem if without else None))
     else:
         tell(Finding("device", device.name))
-    has_kernels = _examine_kernels(tell, device)
+    may_try = _examine_kernels(tell, device)
     if not has_vllm:
         can_apply = "transformers" in installed
         found = "not installed; transformers can be extended" if can_apply else "not installed"
         tell(Finding("vLLM", found, None if can_apply else f"Without vLLM nothing is served. {INSTALL_VLLM}"))
         return False
     serves = _serves(tell, has_package="vllm-selfextend" in installed)
-    return serves and has_kernels and not _answers(tell, log)
+    return serves and may_try and not _answers(tell, log)
 
 
 def _version(package: str) -> str | None:
@@ -186,8 +186,12 @@ def _names(names: list[str]) -> str:
 
 
 def _examine_kernels(tell: Tell, device: Device) -> bool:
-    """Whether `"auto"` means any on a device; those are marked, and those of other devices are no loss."""
+    """Those that `"auto"` means on a device are marked; those of other devices are no loss.
+
+    Whether an engine may try them: it would die without a word where they end their process.
+    """
     chosen, why_none = _in_a_process(_choice, device)
+    may_try = True
     for name, kernel_set in KERNEL_SETS.items():
         variant, why_not = _in_a_process(_variant, name, device)
         found = f"not here: {why_not}" if variant is None else variant + ", chosen" * (name == chosen)
@@ -196,8 +200,9 @@ def _examine_kernels(tell: Tell, device: Device) -> bool:
             problem = why_none or "They are this device's: without them serving is slow."
             if why_none == DIED:
                 problem = "What serves with them dies too. Install vllm-selfextend anew, for the torch that is there."
+                may_try = False
         tell(Finding(f"{name} kernels", found, problem))
-    return chosen is not None
+    return may_try
 
 
 def _choice(device: Device) -> str:

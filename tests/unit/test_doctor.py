@@ -98,6 +98,14 @@ def test_a_kernel_library_that_ends_the_process(monkeypatch: pytest.MonkeyPatch)
     assert (kernels.problem or "").endswith("Install vllm-selfextend anew, for the torch that is there.")
 
 
+@pytest.mark.usefixtures("here")
+def test_an_engine_is_asked_on_a_device_that_torch_does_not_know() -> None:
+    """No kernel set is that device's, so no line of theirs is a problem: the engine's refusal has to be seen."""
+    found: list[Finding] = []
+    assert doctor._examine_kernels(found.append, Device("tpu", "TPU"))
+    assert not any(finding.problem for finding in found)
+
+
 def test_a_broken_kernel_library_and_a_plugin_that_is_kept_out(tmp_path: Path) -> None:
     """In a copy of the package whose C++ kernels are no library. No engine starts: vLLM would not load the plugin."""
     package = Path(vllm_selfextend.__file__).parent

@@ -74,21 +74,27 @@ def _falcon(
     return module.dense(attended.flatten(2)), weights
 
 
-class _LongTable:
-    """A module for the time of one call, but that its table `embed_positions` reaches every position of it."""
+class _Instead:
+    """A module for the time of one call, with other attributes in place of some of its own."""
 
-    def __init__(self, module: Any, position_ids: torch.Tensor) -> None:
-        self._module, needed = module, int(position_ids.max()) + 1
-        table: torch.Tensor = module.embed_positions  # `[positions, rotary_dim]`, to the length it was trained on
-        if len(table) < needed:
-            # Twice as many, so that a text that grows token by token does not make a table each time.
-            size = 1 << needed.bit_length()
-            create = sys.modules[type(module).__module__].create_sinusoidal_positions
-            table = _table(create, size, table.shape[1], position_ids.device)
-        self.embed_positions = table.to(position_ids.device)
+    def __init__(self, module: Any, **attributes: Any) -> None:
+        self._module = module
+        vars(self).update(attributes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+def _long_table(module: Any, position_ids: torch.Tensor) -> torch.Tensor:
+    """A module's table, `[positions, rotary_dim]`, or where that ends too early one that reaches every position."""
+    table: torch.Tensor = module.embed_positions
+    needed = int(position_ids.max()) + 1
+    if len(table) < needed:
+        # Twice as many, so that a text that grows token by token does not make a table each time.
+        size = 1 << needed.bit_length()
+        create = sys.modules[type(module).__module__].create_sinusoidal_positions
+        table = _table(create, size, table.shape[1], position_ids.device)
+    return table.to(position_ids.device)
 
 
 @functools.lru_cache(maxsize=4)
@@ -99,32 +105,24 @@ def _table(
 
 
 def _rotary(module: Any, x: torch.Tensor, position_ids: torch.Tensor) -> Any:
-    return type(module).forward(_LongTable(module, position_ids), x, position_ids)
-
-
-class _GPTJ:
-    """A module for the time of one call: its table reaches every position, and it attends as others do."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def _get_embed_positions(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """`[batch, positions, rotary_dim]`."""
-        return _LongTable(self._module, position_ids).embed_positions.expand(len(position_ids), -1, -1)
-
-    def _attn(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scaling = 1.0 / float(self._module.scale_attn)
-        attended, weights = _attend(self._module, query, key, value, attention_mask, scaling=scaling)
-        return attended.transpose(1, 2), weights
+    longer = _Instead(module, embed_positions=_long_table(module, position_ids))
+    return type(module).forward(longer, x, position_ids)
 
 
 def _gptj(module: Any, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(_GPTJ(module), *args, **kwargs)
+    def embed_positions(position_ids: torch.Tensor) -> torch.Tensor:
+        """`[batch, positions, rotary_dim]`."""
+        return _long_table(module, position_ids).expand(len(position_ids), -1, -1)
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        scaling = 1.0 / float(module.scale_attn)
+        attended, weights = _attend(module, query, key, value, attention_mask, scaling=scaling)
+        return attended.transpose(1, 2), weights
+
+    opened = _Instead(module, _get_embed_positions=embed_positions, _attn=attend)
+    return type(module).forward(opened, *args, **kwargs)
 
 
 FORWARDS: dict[str, Callable[..., Any]] = {
